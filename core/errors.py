@@ -1,0 +1,68 @@
+"""What can go wrong, as the caller sees it.
+
+WorkerError                     internal_error
+├── RequestError                invalid_request
+│   └── ImageError              invalid_image
+│       └── ImageTooLargeError  image_too_large
+├── SettingsError               invalid_settings
+├── ModelError                  model_unavailable
+├── OutOfMemoryError            out_of_memory       (asks for a fresh worker)
+├── VideoEncodingError          video_encoding_failed
+└── CancelledError              cancelled
+
+Each carries one sentence for the caller; `code` is stable and may be relied on.
+"""
+
+
+class WorkerError(Exception):
+    """Base of all; `str(error)` is the sentence for the caller."""
+
+    code = "internal_error"
+    refresh_worker = False
+
+
+class RequestError(WorkerError):
+    """The caller's input is at fault."""
+
+    code = "invalid_request"
+
+
+class ImageError(RequestError):
+    code = "invalid_image"
+
+
+class ImageTooLargeError(ImageError):
+    code = "image_too_large"
+
+
+class SettingsError(WorkerError):
+    """The worker's environment is at fault."""
+
+    code = "invalid_settings"
+
+
+class ModelError(WorkerError):
+    """A model's files are missing or broken."""
+
+    code = "model_unavailable"
+
+
+class OutOfMemoryError(WorkerError):
+    code = "out_of_memory"
+    refresh_worker = True
+
+
+class VideoEncodingError(WorkerError):
+    code = "video_encoding_failed"
+
+
+class CancelledError(WorkerError):
+    code = "cancelled"
+
+
+def error_reply(error: WorkerError) -> dict:
+    """The reply of a failed job. `error` is a string: RunPod shows a dict there as COMPLETED."""
+    reply = {"error": str(error), "code": error.code}
+    if error.refresh_worker:
+        reply["refresh_worker"] = True
+    return reply

@@ -1,0 +1,101 @@
+"""base64 or data URI → (H, W, 3) uint8 RGB. Everything is checked before it is decoded."""
+
+import base64
+import binascii
+import io
+import re
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from core.errors import ImageError, ImageTooLargeError
+
+MAX_BYTES = 20 * 1000 * 1000
+MAX_PIXELS = 50_000_000
+MAX_ASPECT = 10  # longer strips would be enlarged to gigapixels before the crop
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+_DATA_URI = re.compile(r"data:[\w.+/-]*(;[\w=.-]+)*,", re.IGNORECASE)
+
+
+def decode_image(text: str) -> np.ndarray:
+    """Decode the request's image: first frame, upright by EXIF, transparency on white.
+
+    Raises ImageError or ImageTooLargeError with the sentence for the caller.
+    """
+    return _to_rgb(_decode_base64(text))
+
+
+def _decode_base64(text: str) -> bytes:
+    if match := _DATA_URI.match(text[:256]):
+        if ";base64" not in match[0].lower():
+            raise ImageError("The input image's data URI must be base64.")
+        text = text[match.end() :]
+    if len(text) * 3 // 4 > MAX_BYTES + 4096:  # line breaks aside; the exact size is checked below
+        raise ImageTooLargeError(f"The input image has over {MAX_BYTES // 1_000_000} MB.")
+    text = "".join(text.split()).rstrip("=")
+    try:
+        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise ImageError("The input image is not valid base64.") from None
+    if len(data) > MAX_BYTES:
+        raise ImageTooLargeError(f"The input image has over {MAX_BYTES // 1_000_000} MB.")
+    return data
+
+
+def _to_rgb(data: bytes) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageTooLargeError(_too_many_pixels()) from None
+    except Exception:
+        raise ImageError(f"The input image is not a PNG, JPEG or WebP{_guess(data)}.") from None
+
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"The input image is empty ({width}×{height} pixels).")
+    if width * height > MAX_PIXELS:
+        raise ImageTooLargeError(_too_many_pixels(width, height))
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(f"The input image is too elongated ({width}×{height}): at most {MAX_ASPECT}:1.")
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        return np.asarray(_flatten(image))
+    except Exception:
+        raise ImageError("The input image is damaged or cut short.") from None
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Any PIL mode → RGB, transparent parts on white."""
+    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip instead of scaling
+        grey = np.asarray(image).astype(np.int64) // 257
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _too_many_pixels(width: int = 0, height: int = 0) -> str:
+    size = f" ({width}×{height})" if width else ""
+    return f"The input image has over {MAX_PIXELS // 1_000_000} megapixels{size}."
+
+
+def _guess(data: bytes) -> str:
+    for magic, name in (
+        (b"GIF8", "GIF"),
+        (b"BM", "BMP"),
+        (b"%PDF", "PDF"),
+        (b"II*\0", "TIFF"),
+        (b"MM\0*", "TIFF"),
+    ):
+        if data.startswith(magic):
+            return f" but a {name}"
+    if data[4:12] in (b"ftypavif", b"ftypheic", b"ftypmif1"):
+        return " but a HEIC or AVIF"
+    return ""

@@ -1,0 +1,173 @@
+"""One job from JSON to JSON: the main path."""
+
+import base64
+import logging
+import random
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import OutOfMemoryError
+from core.images import decode_image
+from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
+from core.pipeline.sections import FPS
+from core.request import MAX_SEED, VideoRequest, parse_request
+from core.timing import JobTimer
+from core.video import CONTENT_TYPE
+from diffusers_helper import memory
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "diffusers", "transformers", "runpod")
+
+
+def run_job(
+    data: Any,
+    models: Models,
+    *,
+    report: Report = lambda progress: None,
+    check_cancelled: Callable[[], None] = lambda: None,
+) -> dict:
+    """Make the video that `data`, a job's input, asks for. Returns the reply (docs/in_out_spec.md).
+
+    Raises WorkerError for whatever can be told to the caller; leaves no file behind and the models usable
+    either way.
+    """
+    timer = JobTimer(wait=_gpu_wait(models.device))
+    request = parse_request(data)
+    image = decode_image(request.input_image)
+    seed = random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
+    with timer.span("model_load"):
+        models.use_direction(request.model or models.profile.direction)
+    if models.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(models.device)
+
+    with tempfile.TemporaryDirectory(prefix="framepack-") as folder:
+
+        def generate(frugal: bool = False) -> GeneratedVideo:
+            return generate_video_sync(
+                models,
+                image,
+                request,
+                Path(folder) / "video.mp4",
+                seed=seed,
+                timer=timer,
+                report=report,
+                check_cancelled=check_cancelled,
+                frugal=frugal,
+            )
+
+        try:
+            video, retried = _with_memory_retry(models, timer, generate)
+        finally:
+            memory.release_unused_memory(models.device)
+        mp4 = video.path.read_bytes()
+
+    return {
+        "video_base64": base64.b64encode(mp4).decode("ascii"),
+        "content_type": CONTENT_TYPE,
+        "seed": seed,
+        "width": video.width,
+        "height": video.height,
+        "fps": FPS,
+        "frames": video.frames,
+        "duration_s": round(video.frames / FPS, 3),
+        "sections": len(video.plan.sections),
+        "parameters": _parameters(request, seed, models),
+        "warnings": _warnings(request, video, models, retried),
+        "timings": _timings(timer),
+        "worker": _worker(models, retried),
+    }
+
+
+def _with_memory_retry(
+    models: Models, timer: JobTimer, generate: Callable[..., GeneratedVideo]
+) -> tuple[GeneratedVideo, bool]:
+    """Generate; when the GPU's memory runs out, once more with models swapped and the VAE tiled."""
+    try:
+        return generate(), False
+    except Exception as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        log.warning("out of GPU memory; trying again with swapped models and a tiled VAE")
+    # only here, outside the handler, are the failed attempt's tensors free
+    mode = models.memory_mode
+    try:
+        models.set_memory_mode("swap")
+        timer.restart()
+        return generate(frugal=True), True
+    except Exception as error:
+        if not memory.is_out_of_memory(error):
+            raise
+    finally:
+        memory.release_unused_memory(models.device)
+        models.set_memory_mode(mode)
+    raise OutOfMemoryError(
+        "The GPU has too little memory for this job, even with swapped models and a tiled VAE; "
+        "try a smaller `resolution` or `latent_window_size`, or a larger `gpu_memory_preservation`."
+    )
+
+
+def _parameters(request: VideoRequest, seed: int, models: Models) -> dict:
+    used = request.model_dump(exclude={"input_image"})
+    return used | {
+        "seed": seed,
+        "model": models.direction,
+        "resolution": request.resolution or models.profile.resolution,
+    }
+
+
+def _warnings(request: VideoRequest, video: GeneratedVideo, models: Models, retried: bool) -> list[str]:
+    warnings = [*video.warnings]
+    given = request.model_fields_set
+    if request.cfg == 1:
+        if request.n_prompt:
+            warnings.append("`n_prompt` had no effect: it acts only where `cfg` is above 1.")
+        if request.rs:
+            warnings.append("`rs` had no effect: it acts only where `cfg` is above 1.")
+    if "gpu_memory_preservation" in given and models.memory_mode != "swap" and not retried:
+        warnings.append(
+            f"`gpu_memory_preservation` had no effect: the memory mode is {models.memory_mode}, not swap."
+        )
+    if retried:
+        warnings.append(
+            "The GPU's memory ran out; the job was run again with swapped models and a tiled VAE."
+        )
+    elif video.tiled_decode:
+        warnings.append("The video was decoded in tiles to fit the GPU's memory; seams are blended.")
+    return warnings
+
+
+def _timings(timer: JobTimer) -> dict:
+    return {
+        "model_load": timer.seconds("model_load"),
+        "text_encode": timer.seconds("text_encode"),
+        "image_encode": {"vae": timer.seconds("vae_encode"), "clip_vision": timer.seconds("clip_vision")},
+        "sections": timer.sections,
+        "step": timer.step_summary(),
+        "mp4_encode": timer.seconds("mp4_encode"),
+        "total": timer.total(),
+    }
+
+
+def _worker(models: Models, retried: bool) -> dict:
+    gpu = models.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(models.device) if gpu else "cpu",
+        "peak_memory_gb": round(torch.cuda.max_memory_allocated(models.device) / memory.GB, 2)
+        if gpu
+        else None,
+        "precision": str(models.transformer_dtype).removeprefix("torch."),
+        "memory_mode": "swap" if retried else models.memory_mode,
+        "profile": models.profile.name,
+        "model_load_s": round(models.load_seconds, 3),
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _gpu_wait(device: torch.device) -> Callable[[], None]:
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)

@@ -1,0 +1,63 @@
+"""Section latents → pixels, joined into one video."""
+
+import torch
+
+from core.pipeline.models import Models
+from core.pipeline.sections import SectionPlan
+from core.timing import JobTimer
+from diffusers_helper import memory
+from diffusers_helper.blending import SectionJoiner
+from diffusers_helper.vae import decode_latents
+
+
+class VideoDecoder:
+    """Decodes sections as they come and joins them at the end that grows.
+
+    `tiled` is set as soon as one decode had to be split into spatial tiles for lack of memory; tiles are
+    blended at their seams, so such a video differs slightly from an untiled one.
+    """
+
+    def __init__(
+        self, models: Models, plan: SectionPlan, timer: JobTimer, force_tiling: bool = False
+    ) -> None:
+        self._models = models
+        self._timer = timer
+        self._prepends = plan.direction == "i2v"
+        self._force_tiling = force_tiling
+        self._joiner = SectionJoiner(plan.overlap)
+        self.tiled = False
+
+    def add(self, latents: torch.Tensor) -> None:
+        """Decode (1, 16, T, h, w), the newest latent frames, and blend them on."""
+        models = self._models
+        with self._timer.section_span("decode"), models.on_device("vae"):
+            models.vae.use_tiling = self._force_tiling or not self._fits(latents)
+            self.tiled |= models.vae.use_tiling
+            pixels = decode_latents(latents, models.vae, models.device)
+            if self._prepends:
+                self._joiner.prepend(pixels)
+            else:
+                self._joiner.append(pixels)
+
+    def clips(self):
+        """The finished video: consecutive uint8 clips (1, 3, T, H, W)."""
+        return self._joiner.clips(prepended=self._prepends)
+
+    def _fits(self, latents: torch.Tensor) -> bool:
+        if self._models.device.type == "cpu":
+            return True
+        return memory.free_gpu_memory(self._models.device) >= untiled_decode_bytes(self._models.vae, latents)
+
+
+def untiled_decode_bytes(vae, latents: torch.Tensor) -> int:
+    """GPU memory an untiled decode takes at its peak, measured and scaled by pixels and channels.
+
+    The VAE decodes `tile_sample_min_num_frames` frames at a time, so length hardly matters.
+    """
+    _, _, _, height, width = latents.shape
+    pixels = height * width * vae.spatial_compression_ratio**2
+    frames = vae.tile_sample_min_num_frames + 1
+    return int(UNTILED_PEAK * pixels * frames * vae.config.block_out_channels[0] * vae.dtype.itemsize)
+
+
+UNTILED_PEAK = 13.0  # full-size activations alive at once

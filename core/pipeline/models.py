@@ -1,0 +1,198 @@
+"""The models of a profile, loaded and kept ready; which of them are on the GPU when."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKLHunyuanVideo
+from torch import nn
+from transformers import (
+    CLIPTextModel,
+    CLIPTokenizer,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionModel,
+)
+
+from core.errors import ModelError
+from core.pipeline.profiles import Direction, ModelProfile, Source, load_profile
+from core.settings import Settings
+from diffusers_helper import memory
+from diffusers_helper.text import template_crop
+from diffusers_helper.transformer import FramePackTransformer
+
+log = logging.getLogger(__name__)
+
+MODULES = ("text_encoder", "text_encoder_2", "image_encoder", "vae", "transformer")
+STREAMED = ("text_encoder", "transformer")  # too large to move as a whole onto a small card
+RESIDENT_HEADROOM_GB = 22.0  # the untiled VAE decode, the largest user besides weights
+
+
+class Models:
+    """All models of one worker. One job at a time may use them.
+
+    Attributes are the hub folders' names: tokenizer, text_encoder, tokenizer_2, text_encoder_2, vae,
+    feature_extractor, image_encoder; `transformer` is the one for `direction`.
+    """
+
+    def __init__(self, profile: ModelProfile, device: torch.device, memory_mode: str = "auto") -> None:
+        """Load everything. Raises ModelError naming the source that is missing or broken."""
+        started = time.perf_counter()
+        self.profile = profile
+        self.device = device
+        gpu = device.type == "cuda"
+        self.encoder_dtype = torch.float16 if gpu else torch.float32
+        self.transformer_dtype = torch.bfloat16 if gpu else torch.float32
+
+        hunyuan, redux = profile.hunyuan, profile.redux
+        half = self.encoder_dtype
+        self.tokenizer = _load(PreTrainedTokenizerFast, hunyuan, "tokenizer")
+        self.tokenizer_2 = _load(CLIPTokenizer, hunyuan, "tokenizer_2")
+        self.feature_extractor = _load(SiglipImageProcessorPil, redux, "feature_extractor")
+        with _naming(hunyuan, "tokenizer"):
+            template_crop(self.tokenizer)
+        self.text_encoder = _load_weights(LlamaModel, hunyuan, "text_encoder", dtype=half)
+        self.text_encoder_2 = _load_weights(CLIPTextModel, hunyuan, "text_encoder_2", dtype=half)
+        self.vae = _load_weights(AutoencoderKLHunyuanVideo, hunyuan, "vae", torch_dtype=half)
+        self.image_encoder = _load_weights(SiglipVisionModel, redux, "image_encoder", dtype=half)
+        self.direction: Direction = profile.direction
+        self.transformer: FramePackTransformer | None = self._load_transformer(profile.direction)
+
+        self.memory_mode = ""
+        self.set_memory_mode(self._fitting_mode() if memory_mode == "auto" else memory_mode)
+        self.load_seconds = time.perf_counter() - started
+
+    def use_direction(self, direction: Direction) -> None:
+        """Have the transformer for `direction`; one is kept, the other is loaded when asked for."""
+        if direction == self.direction and self.transformer is not None:
+            return
+        if self.transformer is not None:
+            memory.forget(self.transformer)
+            self.transformer = None
+            memory.release_unused_memory(self.device)
+        self.transformer = self._load_transformer(direction)
+        self.direction = direction
+        if self.memory_mode == "resident":
+            self.transformer.to(self.device)
+
+    def set_memory_mode(self, mode: str) -> None:
+        """`resident`: every model stays on the GPU. `swap`: each is there only while it is used.
+
+        On a CPU there is only `resident`.
+        """
+        mode = "resident" if self.device.type == "cpu" else mode
+        if mode == self.memory_mode:
+            return
+        for module in self._modules():
+            if mode == "resident":
+                memory.forget(module)
+                module.to(self.device)
+            else:
+                module.to("cpu")
+        self.memory_mode = mode
+        memory.release_unused_memory(self.device)
+
+    @contextmanager
+    def on_device(self, *names: str, preserved_gb: float = 0.0) -> Iterator[None]:
+        """These models are ready to run on `device` inside the block; in swap mode they leave it after.
+
+        `preserved_gb` of GPU memory stay free of streamed models' weights.
+        """
+        if self.memory_mode == "resident":
+            yield
+            return
+        modules = [(name, getattr(self, name)) for name in names]
+        try:
+            for name, module in modules:
+                if name in STREAMED:
+                    blocks = memory.DynamicSwapInstaller.install_model(module, self.device, preserved_gb)
+                    log.debug("%s: %d blocks stay on the GPU", name, blocks)
+                else:
+                    memory.load_model_as_complete(module, self.device)
+            yield
+        finally:
+            for name, module in modules:
+                if name in STREAMED:
+                    memory.DynamicSwapInstaller.uninstall_model(module)
+                else:
+                    memory.unload_complete_models(module)
+            memory.release_unused_memory(self.device)
+
+    def _modules(self) -> list[nn.Module]:
+        return [module for name in MODULES if (module := getattr(self, name)) is not None]
+
+    def _fitting_mode(self) -> str:
+        if self.device.type == "cpu":
+            return "resident"
+        needed = sum(map(memory.weight_bytes, self._modules())) + RESIDENT_HEADROOM_GB * memory.GB
+        return "resident" if memory.free_gpu_memory(self.device) >= needed else "swap"
+
+    def _load_transformer(self, direction: Direction) -> FramePackTransformer:
+        source = self.profile.transformers[direction]
+        model = _load_weights(FramePackTransformer, source, None, torch_dtype=self.transformer_dtype)
+        model.output_in_float32()
+        return model
+
+
+def initialize_models(settings: Settings | None = None) -> Models:
+    """Load the models the environment (or `settings`) asks for, on the GPU when there is one.
+
+    Raises SettingsError or ModelError, each with one sentence.
+    """
+    settings = settings or Settings.from_env()
+    transformers.utils.logging.disable_progress_bar()  # downloads keep theirs
+    diffusers.utils.logging.disable_progress_bar()
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    models = Models(load_profile(settings), torch.device(device), settings.memory_mode)
+    log.info("%s models loaded in %.1f s (%s)", models.profile.name, models.load_seconds, models.memory_mode)
+    return models
+
+
+def _load(loader: type, source: Source, folder: str | None, **options: Any) -> Any:
+    """`loader.from_pretrained` on a source's folder; whatever it raises becomes a ModelError."""
+    if source.is_folder:
+        path = Path(source.location).expanduser() / (folder or "")
+        if not path.is_dir():
+            raise ModelError(f"The model folder {path} does not exist.")
+        with _naming(source, folder):
+            return loader.from_pretrained(path, local_files_only=True, **options)
+    with _naming(source, folder):
+        return loader.from_pretrained(
+            source.location, subfolder=folder or "", revision=source.revision, **options
+        )
+
+
+def _load_weights(loader: type, source: Source, folder: str | None, **options: Any) -> Any:
+    """As `_load`, for a module: frozen, in eval mode, and refused when a weight is missing."""
+    model, info = _load(loader, source, folder, output_loading_info=True, **options)
+    for fault in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if found := list(info.get(fault) or []):
+            raise ModelError(
+                f"The model {_name(source, folder)} is broken: {len(found)} {fault.replace('_', ' ')}, "
+                f"the first {found[0]}."
+            )
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _naming(source: Source, folder: str | None) -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if len(reason) > 300:
+            reason = f"{reason[:297]}..."
+        raise ModelError(f"The model {_name(source, folder)} could not be loaded: {reason}") from error
+
+
+def _name(source: Source, folder: str | None) -> str:
+    return f"{source}/{folder}" if folder else str(source)

@@ -1,0 +1,1 @@
+"""Model-level code over diffusers: tensors and modules, no request, no path, no environment."""

@@ -1,0 +1,42 @@
+"""Aspect-ratio buckets and the crop that fills them."""
+
+import numpy as np
+from PIL import Image
+
+STEP = 32  # sides are multiples: 8 (VAE) × 2 (patch) × 2 (the 2× history kernel)
+
+
+def buckets(resolution: int) -> list[tuple[int, int]]:
+    """(height, width) pairs of about `resolution`² pixels, ordered by height.
+
+    The official table exists for 640 only. It holds, for every short side from 0.65·640 on, the longest
+    other side that keeps the area within 0.975·640²; the same rule serves every other multiple of 32.
+    """
+    area = resolution * resolution * 39 // 40
+    pairs = set()
+    short = -(-resolution * 13 // (20 * STEP)) * STEP  # 0.65·resolution, rounded up to the step
+    while (long := area // (short * STEP) * STEP) >= short:
+        pairs |= {(short, long), (long, short)}
+        short += STEP
+    return sorted(pairs)
+
+
+def nearest_bucket(height: int, width: int, resolution: int) -> tuple[int, int]:
+    """The bucket whose aspect ratio is nearest, by |h·bucket_w − w·bucket_h|; ties go to the taller one."""
+    return min(
+        buckets(resolution),
+        key=lambda bucket: (abs(height * bucket[1] - width * bucket[0]), -bucket[0]),
+    )
+
+
+def resize_and_center_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8 → (height, width, 3) uint8: Lanczos to the size that covers, then the centre."""
+    if image.shape[:2] == (height, width):
+        return image
+    original_height, original_width = image.shape[:2]
+    scale = max(width / original_width, height / original_height)
+    resized_width, resized_height = round(original_width * scale), round(original_height * scale)
+    resized = Image.fromarray(image).resize((resized_width, resized_height), Image.Resampling.LANCZOS)
+    # PIL rounds half to even here, which the official crop relies on
+    left, top = (resized_width - width) / 2, (resized_height - height) / 2
+    return np.asarray(resized.crop((left, top, left + width, top + height)))

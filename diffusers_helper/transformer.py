@@ -1,0 +1,119 @@
+"""The packed transformer: diffusers' class, with the output projection in float32 and a step cache."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import HunyuanVideoFramepackTransformer3DModel
+
+from diffusers_helper.teacache import TeaCache
+
+
+@dataclass(frozen=True)
+class PackedHistory:
+    """What a section sees besides its own latents: frames at full, half and quarter resolution.
+
+    Latents are (1, 16, T, H/8, W/8); indices are (T,) positions on the section's time axis.
+    """
+
+    indices_latents: torch.Tensor
+    latents_clean: torch.Tensor
+    indices_latents_clean: torch.Tensor
+    latents_history_2x: torch.Tensor
+    indices_latents_history_2x: torch.Tensor
+    latents_history_4x: torch.Tensor
+    indices_latents_history_4x: torch.Tensor
+
+
+class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
+    """`HunyuanVideoFramepackTransformer3DModel` for inference on one sample.
+
+    Same weights, same result as the library's forward; call `output_in_float32()` once after loading to
+    project as the official code does for inference.
+    """
+
+    def output_in_float32(self) -> None:
+        self.proj_out.to(torch.float32)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        guidance: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        image_embeds: torch.Tensor,
+        history: PackedHistory,
+        cache: TeaCache | None = None,
+    ) -> torch.Tensor:
+        """Velocity (1, 16, T, h, w), in `proj_out`'s dtype, of latents `hidden_states` of that shape.
+
+        `timestep` and `guidance` are (1,) in the model's dtype (sigma·1000, distilled guidance·1000); text
+        is (1, 512, D) with its boolean mask (1, 512); `image_embeds` are (1, patches, D).
+        """
+        _, _, frames, height, width = hidden_states.shape
+        tokens, rotary = self._pack(hidden_states, history)
+        temb, _ = self.time_text_embed(timestep, pooled_projections, guidance)
+        context = self._context(timestep, encoder_hidden_states, encoder_attention_mask, image_embeds)
+
+        if cache is None:
+            tokens = self._run_blocks(tokens, context, temb, rotary)
+        elif cache.should_compute(self.transformer_blocks[0].norm1(tokens, emb=temb)[0]):
+            output = self._run_blocks(tokens, context, temb, rotary)
+            cache.store(tokens, output)
+            tokens = output
+        else:
+            tokens = cache.apply(tokens)
+
+        p = self.config.patch_size
+        section_length = frames * (height // p) * (width // p)
+        tokens = self.norm_out(tokens[:, -section_length:], temb)
+        tokens = self.proj_out(tokens.to(self.proj_out.weight.dtype))
+        return (
+            tokens.reshape(1, frames, height // p, width // p, -1, 1, p, p)
+            .permute(0, 4, 1, 5, 2, 6, 3, 7)
+            .reshape(1, -1, frames, height, width)
+        )
+
+    def _pack(
+        self, latents: torch.Tensor, history: PackedHistory
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """One token sequence 4× | 2× | clean | section, with its rotary tables."""
+        height, width = latents.shape[-2:]
+
+        def rope(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.rope(frame_indices=indices, height=height, width=width, device=latents.device)
+
+        clean, history_2x, history_4x = self.clean_x_embedder(
+            history.latents_clean, history.latents_history_2x, history.latents_history_4x
+        )
+        return self._pack_history_states(
+            self.x_embedder(latents),
+            clean,
+            history_2x,
+            history_4x,
+            rope(history.indices_latents),
+            rope(history.indices_latents_clean),
+            rope(history.indices_latents_history_2x),
+            rope(history.indices_latents_history_4x),
+            height // self.config.patch_size,
+            width // self.config.patch_size,
+        )
+
+    def _context(
+        self, timestep: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, image_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Image tokens, then the prompt's real tokens; padding is dropped, so no attention mask is needed."""
+        text = self.context_embedder(text, timestep, mask)
+        return torch.cat([self.image_projection(image_embeds), text[:, : int(mask.sum())]], dim=1)
+
+    def _run_blocks(
+        self,
+        tokens: torch.Tensor,
+        context: torch.Tensor,
+        temb: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
+            tokens, context = block(tokens, context, temb, None, rotary)
+        return tokens

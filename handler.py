@@ -1,0 +1,158 @@
+"""RunPod wiring: load once, one job at a time on the GPU thread, progress out, cancels in.
+
+    python handler.py                                   run ./test_input.json and leave outputs/<job id>.mp4
+    python handler.py --test_input '{"input": {...}}'   the same with this input
+    python handler.py --rp_serve_api                    serve /run, /runsync and /status on port 8000
+
+On RunPod the same file is the worker's entry point. Importing it loads nothing; whoever calls `handler`
+gets the models loaded in front of the first job.
+"""
+
+import argparse
+import asyncio
+import base64
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # the SDK's default prints every input and output
+
+import runpod
+from runpod.serverless.modules.rp_progress import progress_update
+from tqdm import tqdm
+
+from core.errors import WorkerError
+from core.progress import Progress
+from core.settings import Settings
+from core.worker import Worker
+
+log = logging.getLogger(__name__)
+
+PROGRESS_INTERVAL_S = 2.0
+PROGRESS_QUIET_S = 1.0  # an update still on its way when the result arrives would leave the job IN_PROGRESS
+
+worker = Worker()
+
+
+async def handler(job: dict) -> dict:
+    """Answer one RunPod job: `{"id": …, "input": {…}}` → the reply, or `{"error": …, "code": …}`."""
+    return await _run(job, RunPodProgress(job))
+
+
+async def local_handler(job: dict) -> dict:
+    """`handler` for a person at a terminal: a progress bar, and the video in a file instead of base64."""
+    with LocalProgress() as progress:
+        reply = await _run(job, progress)
+    if "error" in reply:
+        return reply
+    path = Settings.from_env().output_dir / f"{Path(str(job['id'])).name}.mp4"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(base64.b64decode(reply.pop("video_base64")))
+    print(f"Video: {path}")
+    return {"video_path": str(path)} | reply
+
+
+async def _run(job: dict, progress: "RunPodProgress | LocalProgress") -> dict:
+    cancelled = threading.Event()
+    future = worker.submit(str(job.get("id", "")), job.get("input"), progress.report, cancelled)
+    done = asyncio.wrap_future(future)
+    try:
+        reply = await asyncio.shield(done)
+        await progress.settle()
+        return reply
+    except asyncio.CancelledError:
+        # the GPU thread must be free before RunPod starts the next job
+        cancelled.set()
+        while not (done.done() or future.cancel()):
+            try:
+                await asyncio.wait([done])
+            except asyncio.CancelledError:
+                continue
+        raise
+
+
+class RunPodProgress:
+    """Sends a job's progress to RunPod, at most every two seconds, and not during its last moments."""
+
+    def __init__(self, job: dict, send=progress_update, clock=time.monotonic) -> None:
+        self._job = {"id": job.get("id", "")}
+        self._send = send
+        self._clock = clock
+        self._last: float | None = None
+        self._enabled = "RUNPOD_WEBHOOK_POST_OUTPUT" in os.environ
+
+    def report(self, progress: Progress) -> None:
+        now = self._clock()
+        due = self._last is None or now - self._last >= PROGRESS_INTERVAL_S
+        if self._enabled and due and progress.stage != "mp4_encode":
+            self._last = now
+            self._send(self._job, progress.as_dict())
+
+    async def settle(self) -> None:
+        """Wait until an update sent just now has surely arrived."""
+        if self._last is not None:
+            await asyncio.sleep(max(0.0, self._last + PROGRESS_QUIET_S - self._clock()))
+
+
+class LocalProgress:
+    """A tqdm bar over all steps of a job."""
+
+    def __enter__(self) -> "LocalProgress":
+        self._bar: tqdm | None = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def report(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=progress.sections * progress.steps, unit="step", file=sys.stderr)
+        self._bar.set_description(f"section {progress.section}/{progress.sections} {progress.stage}")
+        self._bar.update(max(0, progress.steps_done - self._bar.n))
+
+    async def settle(self) -> None:
+        pass
+
+
+def main() -> None:
+    """Start the worker; exits with status 1 and one line when it cannot."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)-7s| %(message)s", force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    options = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False
+    )  # the SDK parses them again, and more
+    options.add_argument("--test_input")
+    options.add_argument("--rp_serve_api", action="store_true")
+    given, _ = options.parse_known_args()
+    on_runpod = "RUNPOD_WEBHOOK_GET_JOB" in os.environ
+    local = not given.rp_serve_api and (given.test_input is not None or not on_runpod)
+    try:
+        if local:
+            _check_test_input(given.test_input)
+        Settings.from_env()
+        worker.start()
+    except WorkerError as error:
+        sys.exit(f"The worker cannot start: {error}")
+    runpod.serverless.start({"handler": local_handler if local else handler})
+
+
+def _check_test_input(text: str | None) -> None:
+    """The SDK would answer a broken test input with a traceback, after the models have loaded."""
+    source = "--test_input" if text else "test_input.json"
+    try:
+        job = json.loads(text or Path(source).read_text(encoding="utf-8"))
+    except OSError:
+        raise WorkerError("there is no test_input.json here, and no --test_input was given.") from None
+    except ValueError as error:
+        raise WorkerError(f"{source} is not valid JSON: {error}.") from None
+    if not isinstance(job, dict) or job.get("input") is None:
+        raise WorkerError(f'{source} must be an object of the form {{"input": {{...}}}}.')
+
+
+if __name__ == "__main__":
+    main()
