@@ -1,0 +1,96 @@
+"""The real architectures at full size with random weights, in the hub's layout: they time like the real ones.
+
+    python -m benchmarks.full_size_models FOLDER
+
+About 43 GB on disk. Made on the GPU when there is one.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoFramepackTransformer3DModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from builder.make_demo_models import make_clip_tokenizer, make_llama_tokenizer
+
+LLAMA_8B = {
+    "vocab_size": 128_320,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+}
+CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+SIGLIP_SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+
+
+def make_full_size_models(folder: Path) -> None:
+    """Write `hunyuan/`, `redux/` and `framepack/` below `folder`; weights are N(0, 0.02²) from seed 0."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hunyuan, redux = folder / "hunyuan", folder / "redux"
+    make_llama_tokenizer(hunyuan / "tokenizer")
+    make_clip_tokenizer(hunyuan / "tokenizer_2")
+    SiglipImageProcessorPil(size={"height": 384, "width": 384}).save_pretrained(redux / "feature_extractor")
+    parts = (
+        (hunyuan / "text_encoder", torch.float16, lambda: LlamaModel(LlamaConfig(**LLAMA_8B))),
+        (hunyuan / "text_encoder_2", torch.float16, lambda: CLIPTextModel(CLIPTextConfig(**CLIP_L))),
+        (hunyuan / "vae", torch.float16, AutoencoderKLHunyuanVideo),
+        (
+            redux / "image_encoder",
+            torch.float16,
+            lambda: SiglipVisionModel(SiglipVisionConfig(**SIGLIP_SO400M)),
+        ),
+        (folder / "framepack", torch.bfloat16, framepack_transformer),
+    )
+    for path, dtype, make in parts:
+        started = time.perf_counter()
+        with torch.device("meta"):
+            model = make().to(dtype)
+        model.to_empty(device=device)
+        generator = torch.Generator(device).manual_seed(0)
+        for name, parameter in model.named_parameters():
+            norm = parameter.ndim == 1 and name.endswith("weight")  # scales near 1 keep the numbers sane
+            parameter.data.normal_(1.0 if norm else 0.0, 0.02, generator=generator)
+        model.save_pretrained(path)
+        print(f"{path}: {time.perf_counter() - started:.1f} s", flush=True)
+        del model
+        torch.cuda.empty_cache()
+
+
+def framepack_transformer() -> HunyuanVideoFramepackTransformer3DModel:
+    return HunyuanVideoFramepackTransformer3DModel(has_image_proj=True, has_clean_x_embedder=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    make_full_size_models(parser.parse_args().folder)

@@ -1,0 +1,80 @@
+"""What only a GPU can show: moving models changes nothing but the time. Run with `pytest -m gpu`."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from core.pipeline import Models, generate_video_sync
+from core.pipeline.profiles import load_profile
+from core.request import VideoRequest
+from core.settings import Settings
+from diffusers_helper import memory
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+REQUEST = VideoRequest(
+    input_image="given below", prompt="a test", total_second_length=2.4, steps=4, use_teacache=False
+)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return Models(load_profile(Settings(model_profile="demo")), torch.device("cuda", 0), "resident")
+
+
+def generate(models, tmp_path, **options):
+    """All section latents and the MP4's bytes."""
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    latents = []
+    path = tmp_path / "video.mp4"
+    generate_video_sync(
+        models, image, REQUEST, path, on_section=lambda s: latents.append(s.latents), **options
+    )
+    return torch.stack(latents), path.read_bytes()
+
+
+def test_swapped_and_resident_give_the_same_video(models, tmp_path):
+    models.set_memory_mode("resident")
+    expected_latents, expected_video = generate(models, tmp_path)
+    models.set_memory_mode("swap")
+    latents, video = generate(models, tmp_path)
+    models.set_memory_mode("resident")
+    assert torch.equal(latents, expected_latents)
+    assert video == expected_video
+
+
+def test_streaming_every_block_gives_the_same_latents(models, tmp_path):
+    models.set_memory_mode("resident")
+    expected, _ = generate(models, tmp_path)
+    models.set_memory_mode("swap")
+    latents, _ = generate(models, tmp_path, frugal=True)
+    models.set_memory_mode("resident")
+    assert torch.equal(latents, expected)
+
+
+def test_swap_leaves_the_gpu_empty(models, tmp_path):
+    models.set_memory_mode("swap")
+    generate(models, tmp_path)
+    weights = [p for name in ("vae", "transformer") for p in getattr(models, name).parameters()]
+    assert all(not p.is_cuda for p in weights)
+    assert torch.cuda.memory_allocated() < 64 * 1024**2  # cuBLAS keeps a workspace
+    models.set_memory_mode("resident")
+    assert next(models.transformer.parameters()).is_cuda
+
+
+def test_blocks_stay_resident_while_they_fit(models):
+    models.set_memory_mode("swap")
+    transformer = models.transformer
+    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    with models.on_device("transformer"):
+        assert all(p.is_cuda for p in transformer.parameters())
+    assert memory.DynamicSwapInstaller.install_model(transformer, models.device, math.inf) == 0
+    memory.DynamicSwapInstaller.uninstall_model(transformer)
+    assert memory.DynamicSwapInstaller.install_model(transformer, models.device, 0) == blocks
+    memory.DynamicSwapInstaller.uninstall_model(transformer)
+    models.set_memory_mode("resident")
