@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -24,14 +25,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+import core.job
 import handler
-from core.pipeline import Models
+from core.pipeline import Models, generate_video_sync
 from core.pipeline.models import MODULES
 from core.pipeline.profiles import ModelProfile, Source
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import plan_sections
 from core.worker import Worker
 from diffusers_helper import memory
+from diffusers_helper.vae import decode_latents
 
 HEIGHT, WIDTH = 640, 608
 PROMPT = "The dancer spins slowly in front of the window, her dress following the turn."
@@ -56,12 +59,18 @@ def random_image() -> str:
 
 
 def run(title: str, **fields) -> dict:
-    """One job through the handler; prints its timings and a digest of the video."""
+    """One job through the handler; prints its timings and digests of its latents and its video."""
+    latents = hashlib.sha256()
+    core.job.generate_video_sync = partial(
+        generate_video_sync, on_section=lambda sampled: latents.update(sampled.latents.numpy().tobytes())
+    )
     job = {"id": title, "input": {"input_image": random_image(), "prompt": PROMPT} | fields}
     reply = asyncio.run(handler.handler(job))
     video = base64.b64decode(reply.pop("video_base64", ""))
-    reply["sha256"] = hashlib.sha256(video).hexdigest()[:16]
-    shown = {k: reply.get(k) for k in ("error", "timings", "worker", "warnings", "frames", "sha256")}
+    reply["latents"], reply["video"] = latents.hexdigest()[:8], hashlib.sha256(video).hexdigest()[:8]
+    shown = {
+        k: reply.get(k) for k in ("error", "timings", "worker", "warnings", "frames", "latents", "video")
+    }
     print(f"== {title}\n{json.dumps(shown, indent=1)}", flush=True)
     return reply
 
@@ -72,14 +81,11 @@ def decode_peaks(models: Models, frames: int) -> None:
         1, 16, frames, HEIGHT // 8, WIDTH // 8, device=models.device, dtype=models.vae.dtype
     )
     for tiled in (False, True):
-        models.vae.use_tiling = tiled
         memory.release_unused_memory(models.device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         started = time.perf_counter()
-        with torch.no_grad():
-            models.vae.decode(latents, return_dict=False)
-        torch.cuda.synchronize()
+        decode_latents(latents, models.vae, models.device, tiled)
         seconds = time.perf_counter() - started
         allocated = (torch.cuda.max_memory_allocated() - before) / memory.GB
         reserved = torch.cuda.max_memory_reserved() / memory.GB - before / memory.GB
@@ -88,7 +94,6 @@ def decode_peaks(models: Models, frames: int) -> None:
             f"peak {allocated:.1f} GB allocated, {reserved:.1f} GB reserved",
             flush=True,
         )
-    models.vae.use_tiling = False
 
 
 def official_class(checkout: Path) -> type:
@@ -195,6 +200,7 @@ def main() -> None:
     parser.add_argument("models", type=Path)
     parser.add_argument("--official", type=Path)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--resident", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--swap-gb", type=float, nargs="*", default=[])
     parser.add_argument("--out-of-memory", action="store_true", help="a resident job with no room to work in")
@@ -204,7 +210,7 @@ def main() -> None:
     weights = sum(memory.weight_bytes(getattr(models, name)) for name in MODULES) / memory.GB
     print(f"loaded in {models.load_seconds:.1f} s, {weights:.1f} GB of weights", flush=True)
     handler.worker = Worker(lambda: models)
-    exact = {"use_teacache": False}
+    exact = {"use_teacache": False, "steps": options.steps}
     replies = {}
 
     def job(title: str, **fields) -> None:
@@ -216,20 +222,27 @@ def main() -> None:
         decode_peaks(models, 9)
         job("resident, 1 section", total_second_length=1, **exact)
         job("resident, 2 sections", total_second_length=2.4, **exact)
-        job("resident, 2 sections, TeaCache", total_second_length=2.4)
+        job("resident, 2 sections, TeaCache", total_second_length=2.4, steps=options.steps)
     if options.out_of_memory:
         title = "resident, 1 GB beside the weights, 2 steps"
         with limited(models, torch.cuda.memory_allocated() / memory.GB + 1):
             job(title, total_second_length=1, steps=2)
-    for limit in options.swap_gb:
+    if options.swap_gb:
         models.set_memory_mode("swap")
+        started = time.perf_counter()
+        for module in (models.text_encoder, models.transformer):
+            memory.DynamicSwapInstaller.install_model(module, models.device)
+            memory.DynamicSwapInstaller.uninstall_model(module)
+        print(f"text encoder and transformer pinned in {time.perf_counter() - started:.1f} s", flush=True)
+        job("swap, all memory", total_second_length=1, **exact)
+    for limit in options.swap_gb:
         with limited(models, limit):
             job(f"swap, {limit:g} GB", total_second_length=1, **exact)
 
     card, size = torch.cuda.get_device_name(0), f"{WIDTH}×{HEIGHT}"
-    print(f"\n{card}, torch {torch.__version__}, bf16, {size}, window 9, 25 steps")
-    print("| job | text | VAE | CLIP | sample | step | decode | MP4 | total | peak GB | video |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print(f"\n{card}, torch {torch.__version__}, bf16, {size}, window 9, {options.steps} steps")
+    print("| job | text | VAE | CLIP | sample | step | decode | MP4 | total | peak GB | latents | video |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for title, reply in replies.items():
         if "error" in reply:
             print(f"| {title} | {reply['error']} |")
@@ -246,7 +259,8 @@ def main() -> None:
             f"{t['mp4_encode']:.2f}",
             f"{t['total']:.1f} s",
             f"{reply['worker']['peak_memory_gb']:.1f}",
-            reply["sha256"],
+            reply["latents"],
+            reply["video"],
         ]
         print(f"| {' | '.join(cells)} |")
 

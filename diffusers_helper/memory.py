@@ -8,7 +8,10 @@ prefetch, what is not a block (a gigabyte of embedders here), and cannot keep as
 On a CPU there is nothing to move and every call is a no-op.
 """
 
+import ctypes
 import gc
+import mmap
+import weakref
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,9 +27,11 @@ from torch import nn
 GB = 1024**3
 CPU = torch.device("cpu")
 _HOOK = "dynamic_swap"
+_LARGE = 1024**2  # bytes; smaller tensors may share a page with others, which cannot be pinned twice
 
 _complete: WeakKeyDictionary[nn.Module, ModuleGroup] = WeakKeyDictionary()
 _streamed: WeakKeyDictionary[nn.Module, "_StreamedModel"] = WeakKeyDictionary()
+_pinned: WeakKeyDictionary[nn.Module, weakref.finalize] = WeakKeyDictionary()
 
 
 def free_gpu_memory(device: torch.device) -> int:
@@ -62,7 +67,8 @@ def load_model_as_complete(model: nn.Module, target_device: torch.device) -> Non
     if target_device.type == "cpu":
         return
     if model not in _complete:
-        _complete[model] = _group([model], target_device, _copy_stream(target_device), pinned=True)
+        _pin_in_place(model)
+        _complete[model] = _group([model], target_device, torch.cuda.Stream(target_device))
     _onload(_complete[model])
 
 
@@ -100,17 +106,20 @@ class DynamicSwapInstaller:
 
 
 def forget(model: nn.Module) -> None:
-    """Drop the host copies and groups of a model that will stay on the GPU, or is to be freed."""
+    """Drop the groups of a model that will stay on the GPU, or is to be freed, and unpin its weights."""
     unload_complete_models(model)
     DynamicSwapInstaller.uninstall_model(model)
     _complete.pop(model, None)
     _streamed.pop(model, None)
+    if (unpin := _pinned.pop(model, None)) is not None:
+        unpin()
 
 
 class _StreamedModel:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.device = device
-        self.stream = _copy_stream(device)
+        self.stream = torch.cuda.Stream(device)
+        _pin_in_place(model)
         lists = _block_lists(model)
         blocks = [block for blocks in lists for block in blocks]
         in_blocks = {id(t) for block in blocks for t in [*block.parameters(), *block.buffers()]}
@@ -118,11 +127,10 @@ class _StreamedModel:
             [],
             device,
             self.stream,
-            pinned=True,
             parameters=[p for p in model.parameters() if id(p) not in in_blocks],
             buffers=[b for b in model.buffers() if id(b) not in in_blocks],
         )
-        self.blocks = [_group([block], device, self.stream, pinned=True) for block in blocks]
+        self.blocks = [_group([block], device, self.stream) for block in blocks]
         self.bytes = [weight_bytes(block) for block in blocks]
 
     def install(self, preserved: float) -> int:
@@ -132,7 +140,8 @@ class _StreamedModel:
         resident = len(self.blocks)
         if sum(self.bytes) > budget:
             budget -= 2 * max(self.bytes)  # the block that computes and the one on its way
-            while resident and sum(self.bytes[:resident]) > budget:
+            # the first always stays: a step cache reads its modulation without running it
+            while resident > 1 and sum(self.bytes[:resident]) > budget:
                 resident -= 1
         for group in self.blocks[:resident]:
             _onload(group)
@@ -172,28 +181,76 @@ def _block_lists(model: nn.Module) -> list[nn.ModuleList]:
     return [child for child in model.children() if isinstance(child, nn.ModuleList)]
 
 
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
 def _group(
-    modules: list[nn.Module], device: torch.device, stream: torch.cuda.Stream, *, pinned: bool, **tensors
+    modules: list[nn.Module], device: torch.device, stream: torch.cuda.Stream, **tensors: list[torch.Tensor]
 ) -> ModuleGroup:
-    leader = modules[-1] if modules else None
     group = ModuleGroup(
         modules=modules,
         offload_device=CPU,
         onload_device=device,
-        offload_leader=leader,
+        offload_leader=modules[-1] if modules else None,
         onload_leader=modules[0] if modules else None,
         non_blocking=True,
         stream=stream,
         record_stream=False,
-        low_cpu_mem_usage=not pinned,
+        low_cpu_mem_usage=False,
         **tensors,
     )
-    group.offload_()  # from here on the pinned copies are the weights, and the pageable ones are freed
+    group.offload_()  # from here on its pinned host copies are the weights
     return group
+
+
+def _pin_in_place(model: nn.Module) -> None:
+    """Pin the model's large weights where they lie.
+
+    `pin_memory()` would allocate them anew, each rounded up to a power of two (40 GB become 57), and zero
+    and copy every page. Weights mapped from a file cannot be pinned and are copied off it first.
+    """
+    if model in _pinned:
+        return
+    cudart = torch.cuda.cudart()
+    pinned = []
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_cuda or tensor.nbytes < _LARGE or tensor.is_pinned():
+            continue
+        if not _register(cudart, tensor.data):
+            tensor.data = tensor.data.clone()
+            if not _register(cudart, tensor.data):
+                continue  # the group pins it its own way
+        pinned.append(tensor.data)
+    _pinned[model] = weakref.finalize(model, _unregister, pinned)
+    _pinned[model].atexit = False  # the process's end frees it all, and CUDA may be gone by then
+
+
+def _register(cudart, tensor: torch.Tensor) -> bool:
+    registered = (
+        tensor.is_contiguous() and int(cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) == 0
+    )
+    if registered:
+        _advise(tensor, _MADV_DONTFORK)
+    return registered
+
+
+def _unregister(tensors: list[torch.Tensor]) -> None:
+    """Runs while `tensors` are still alive: freed memory must not stay registered."""
+    torch.cuda.synchronize()
+    for tensor in tensors:
+        _advise(tensor, _MADV_DOFORK)
+        torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+
+
+_MADV_DONTFORK, _MADV_DOFORK = 10, 11
+
+
+def _advise(tensor: torch.Tensor, advice: int) -> None:
+    """Leave the pages out of children, or not: Linux copies pinned pages at fork, all 40 GB for one ffmpeg."""
+    page = mmap.PAGESIZE
+    first = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes) // page * page - first
+    _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _onload(group: ModuleGroup) -> None:

@@ -22,8 +22,15 @@ def encode_image(
 
 @torch.no_grad()
 def decode_latents(
-    latents: torch.Tensor, vae: AutoencoderKLHunyuanVideo, device: torch.device
+    latents: torch.Tensor, vae: AutoencoderKLHunyuanVideo, device: torch.device, tiled: bool = False
 ) -> torch.Tensor:
-    """(1, 16, T, h, w) → pixels (1, 3, 4T − 3, 8h, 8w) in −1…1 on the CPU, in the VAE's dtype."""
+    """(1, 16, T, h, w) → pixels (1, 3, 4T − 3, 8h, 8w) in −1…1 on the CPU, in the VAE's dtype.
+
+    `tiled` decodes 256-pixel tiles and blends them at their seams: less memory, slightly other pixels.
+    """
     latents = latents / vae.config.scaling_factor
-    return vae.decode(latents.to(device, vae.dtype), return_dict=False)[0].cpu()
+    vae.use_tiling = tiled
+    try:
+        return vae.decode(latents.to(device, vae.dtype), return_dict=False)[0].cpu()
+    finally:
+        vae.use_tiling = False  # the next job's image is encoded whole

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 MODULES = ("text_encoder", "text_encoder_2", "image_encoder", "vae", "transformer")
 STREAMED = ("text_encoder", "transformer")  # too large to move as a whole onto a small card
 RESIDENT_HEADROOM_GB = 22.0  # the untiled VAE decode, the largest user besides weights
+ENCODER_HEADROOM_GB = 1.5  # activations of the text encoders for a few hundred tokens, and cuBLAS
 
 
 class Models:
@@ -100,10 +101,10 @@ class Models:
         memory.release_unused_memory(self.device)
 
     @contextmanager
-    def on_device(self, *names: str, preserved_gb: float = 0.0) -> Iterator[None]:
+    def on_device(self, *names: str, preserved_gb: float = ENCODER_HEADROOM_GB) -> Iterator[None]:
         """These models are ready to run on `device` inside the block; in swap mode they leave it after.
 
-        `preserved_gb` of GPU memory stay free of streamed models' weights.
+        `preserved_gb` of GPU memory stay free of streamed models' weights, for the activations.
         """
         if self.memory_mode == "resident":
             yield
