@@ -243,7 +243,7 @@ _MADV_DONTFORK, _MADV_DOFORK = 10, 11
 
 
 def _advise(tensor: torch.Tensor, advice: int) -> None:
-    """Leave the pages out of children, or not: Linux copies pinned pages at fork, all 40 GB for one ffmpeg."""
+    """Keep the pages out of children, or not: Linux copies pinned pages at fork, 40 GB for one ffmpeg."""
     page = mmap.PAGESIZE
     first = -(-tensor.data_ptr() // page) * page
     length = (tensor.data_ptr() + tensor.nbytes) // page * page - first

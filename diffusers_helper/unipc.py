@@ -86,7 +86,7 @@ def _solve(ratios: Sequence[float], h: torch.Tensor) -> list[float]:
         right.append(phi * factorial / hh)
         factorial *= n + 1
         phi = phi / hh - 1.0 / factorial
-    left = torch.stack([torch.tensor(ratios) ** n for n in range(len(ratios))])
+    left = torch.stack([torch.tensor(ratios, dtype=h.dtype) ** n for n in range(len(ratios))])
     return torch.linalg.solve(left, torch.stack(right)).tolist()
 
 

@@ -1,0 +1,40 @@
+"""What several tests need: the demo models, loaded once, and a small picture."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+DEMO = Path(__file__).parents[1] / "models" / "demo"
+
+
+@pytest.fixture(scope="session")
+def demo_models():
+    """The demo profile's models on the CPU. Tests must leave them as they found them."""
+    from core.pipeline import Models
+    from core.pipeline.profiles import load_profile
+    from core.settings import Settings
+
+    return Models(load_profile(Settings(model_profile="demo")), torch.device("cpu"))
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    """(256, 256, 3) uint8 noise from a fixed seed."""
+    return np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def quick_decode(monkeypatch):
+    """Three latent channels, enlarged, in place of the VAE's decode: nearly all of a demo job's time.
+
+    For tests of what goes on around the pixels; the video still follows from the latents.
+    """
+
+    def decode(latents, vae, device, tiled=False):
+        _, _, frames, height, width = latents.shape
+        size = (4 * frames - 3, 8 * height, 8 * width)
+        return torch.nn.functional.interpolate(latents[:, :3], size=size).clamp(-1, 1)
+
+    monkeypatch.setattr("core.pipeline.decoding.decode_latents", decode)

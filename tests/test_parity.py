@@ -1,0 +1,64 @@
+"""Section latents and pixels against what the official code made from the same tiny models (tests/golden)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import core.pipeline
+from core.pipeline import Models, generate_video_sync
+from core.pipeline.profiles import load_profile
+from core.request import VideoRequest
+from core.settings import Settings
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = GOLDEN / "tiny"
+
+
+@pytest.fixture(scope="module")
+def models():
+    settings = Settings(
+        framepack_model=str(TINY / "framepack"),
+        framepack_f1_model=str(TINY / "framepack_f1"),
+        hunyuan_model=str(TINY / "hunyuan"),
+        redux_model=str(TINY / "redux"),
+    )
+    return Models(load_profile(settings), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("i2v_2_sections", "i2v"), ("i2v_cfg", "i2v"), ("i2v_teacache", "i2v"), ("f1_2_sections", "f1")],
+)
+def test_same_video_as_the_official_code(name, model, models, monkeypatch, tmp_path):
+    golden = np.load(GOLDEN / f"{name}.npz")
+    arguments = {"use_teacache": False} | json.loads(str(golden["args"]))
+    arguments.pop("image")
+    request = VideoRequest(input_image="golden/input.png", model=model, **arguments)
+
+    clips, sections = [], []
+    monkeypatch.setattr(
+        core.pipeline, "save_bcthw_as_mp4", lambda c, *_: clips.extend(c) or 0
+    )  # before H.264
+    models.use_direction(model)
+    image = np.asarray(Image.open(GOLDEN / "input.png").convert("RGB"))
+    generate_video_sync(models, image, request, tmp_path / "unused.mp4", on_section=sections.append)
+
+    for i, sampled in enumerate(sections):
+        ours, official = sampled.latents[..., ::4, ::4], torch.from_numpy(golden[f"latents_{i}"])
+        assert (ours - official).norm() / official.norm() < 1e-4
+    assert f"latents_{len(sections)}" not in golden
+
+    video = torch.cat(clips, dim=2)[0].permute(1, 2, 3, 0).numpy()
+    assert video.shape == tuple(golden["shape"])
+    difference = np.abs(video[::4, ::4, ::4].astype(int) - golden["frames"])
+    assert difference.mean() < 1
+
+
+def test_the_prompt_template_is_cropped_where_the_real_tokenizer_crops_it(models):
+    from diffusers_helper.text import template_crop
+
+    assert template_crop(models.tokenizer) == 95

@@ -1,0 +1,135 @@
+"""RunPod's own loop, in a process as on RunPod, against a control plane in this one.
+
+One worker serves the jobs of all tests here, as a worker does; the last test ends it.
+"""
+
+import json
+import shutil
+import time
+
+import pytest
+
+from tests.fake_runpod import (
+    BASE64,
+    ROOT,
+    FakeRunPod,
+    decode,
+    is_mp4,
+    job_input,
+    run_handler,
+    running_handler,
+)
+
+IN_FLIGHT_S = 1.5  # for an update to arrive; below the 2 s between two updates
+
+
+@pytest.fixture(scope="module")
+def runpod():
+    with FakeRunPod() as runpod:
+        yield runpod
+
+
+@pytest.fixture(scope="module")
+def worker(runpod, tmp_path_factory):
+    log = tmp_path_factory.mktemp("worker") / "log"
+    with running_handler(log, **runpod.variables) as worker:
+        yield worker
+
+
+def test_a_job_posts_its_progress_and_then_its_video(runpod, worker):
+    """Nothing may arrive after the result: RunPod would show the job as in progress for ever."""
+    runpod.queue("good", job_input(steps=100, use_teacache=False))
+    reply = worker.wait_until(lambda: runpod.final("good")).body
+    assert reply.keys() == {"output"}
+    assert is_mp4(decode(reply["output"]["video_base64"]))
+
+    time.sleep(IN_FLIGHT_S)
+    *updates, last = runpod.posts_of("good")
+    assert updates
+    assert [post.is_final for post in updates] == [False] * len(updates)
+    assert last.is_final
+    for update in runpod.progress("good"):
+        assert update.keys() == {"stage", "section", "sections", "step", "steps", "percent"}
+        assert update["stage"] in ("encode", "sample", "decode")
+        assert (update["sections"], update["steps"]) == (1, 100)
+        assert update["percent"] == update["step"]
+    assert not BASE64.search(worker.log)
+
+
+@pytest.mark.parametrize(
+    ("job_id", "data", "told"),
+    [
+        ("bad-steps", job_input(steps=0), "`steps`"),
+        ("bad-list", ["a prompt"], "a list"),
+        ("bad-null", None, "null"),
+    ],
+    ids=["steps", "list", "null"],
+)
+def test_a_bad_job_posts_its_error_and_the_worker_lives_on(runpod, worker, job_id, data, told):
+    runpod.queue(job_id, data)
+    reply = worker.wait_until(lambda: runpod.final(job_id)).body
+    assert reply.keys() == {"error", "output"}
+    assert reply["output"] == {"code": "invalid_request"}
+    assert told in reply["error"]
+    assert "Traceback" not in json.dumps(reply)
+    runpod.queue(f"after-{job_id}", job_input(steps=0))
+    worker.wait_until(lambda: runpod.final(f"after-{job_id}"))
+    assert worker.alive
+
+
+def test_a_cancelled_job_makes_room_for_the_next(runpod, worker):
+    """Hundreds of steps are left when the stop comes; nothing is heard of the job after it."""
+    # so large a section that stopping only at its end would show: many updates would follow the stop
+    long = job_input(total_second_length=120, latent_window_size=33, steps=100, use_teacache=False)
+    runpod.queue("cancelled", long)
+    worker.wait_until(lambda: any(update["step"] for update in runpod.progress("cancelled")))
+    runpod.stop("cancelled")
+    runpod.queue("next", job_input())
+    worker.wait_until(lambda: "cancelled | Stopping job." in worker.log)
+    noticed = time.monotonic()
+    reply = worker.wait_until(lambda: runpod.final("next")).body
+
+    assert is_mp4(decode(reply["output"]["video_base64"]))
+    assert runpod.taken[-2:] == ["cancelled", "next"]
+    assert runpod.final("cancelled") is None
+    assert not [post for post in runpod.posts_of("cancelled") if post.time > noticed + IN_FLIGHT_S]
+    last = runpod.progress("cancelled")[-1]
+    assert (last["stage"], last["section"]) == ("sample", 1)
+    assert last["step"] < last["steps"]
+    # the GPU was free before RunPod's loop went on, and only then did the next job start
+    ended, stopped, started = (
+        worker.log.index(line)
+        for line in ("job cancelled: cancelled:", "cancelled | Job stopped.", "next | Started.")
+    )
+    assert ended < stopped < started
+
+
+def test_sigterm_lets_the_running_job_finish(runpod, worker):
+    runpod.queue("last", job_input(steps=50, use_teacache=False))
+    runpod.queue("never", job_input())
+    worker.wait_until(lambda: runpod.progress("last"))
+    assert runpod.final("last") is None
+    worker.terminate()
+    assert worker.wait() == 0
+    reply = runpod.final("last").body
+    assert reply.keys() == {"output"}
+    assert is_mp4(decode(reply["output"]["video_base64"]))
+    assert runpod.taken[-1] == "last"
+    assert "Traceback" not in worker.log
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated"])
+def test_a_worker_without_its_models_takes_no_job(tmp_path, fault):
+    hunyuan = tmp_path / "hunyuan"
+    if fault == "truncated":
+        shutil.copytree(ROOT / "models" / "demo" / "hunyuan", hunyuan)
+        weights = hunyuan / "vae" / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with FakeRunPod() as runpod:
+        runpod.queue("waiting", job_input())
+        done = run_handler(HUNYUAN_MODEL=hunyuan, **runpod.variables)
+        assert not runpod.asked_for_jobs
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert str(hunyuan) in line
+    assert "Traceback" not in done.stdout
