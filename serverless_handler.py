@@ -47,7 +47,7 @@ def _input_of(event: Any) -> Any:
             if event.get("isBase64Encoded"):
                 body = base64.b64decode(body, validate=True).decode("utf-8")
             body = json.loads(body)
-    except (binascii.Error, ValueError):
+    except (binascii.Error, ValueError, RecursionError):
         raise RequestError("The event's body is not valid JSON.") from None
     if isinstance(body, dict) and set(body) == {"input"}:
         return body["input"]

@@ -28,12 +28,11 @@ def decode_image(text: str) -> np.ndarray:
 
 
 def _decode_base64(text: str) -> bytes:
+    text = text.lstrip()
     if match := _DATA_URI.match(text[:256]):
         if ";base64" not in match[0].lower():
             raise ImageError("The input image's data URI must be base64.")
         text = text[match.end() :]
-    if len(text) * 3 // 4 > MAX_BYTES + 4096:  # line breaks aside; the exact size is checked below
-        raise ImageTooLargeError(f"The input image has over {MAX_BYTES // 1_000_000} MB.")
     text = "".join(text.split()).rstrip("=")
     try:
         data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
@@ -63,17 +62,28 @@ def _to_rgb(data: bytes) -> np.ndarray:
         raise ImageError(f"The input image is too elongated ({width}×{height}): at most {MAX_ASPECT}:1.")
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
-        return np.asarray(_flatten(image))
+        return np.asarray(_flatten(_upright(image)))
     except Exception:
         raise ImageError("The input image is damaged or cut short.") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As its EXIF orientation says; unreadable EXIF says nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
 
 
 def _flatten(image: Image.Image) -> Image.Image:
     """Any PIL mode → RGB, transparent parts on white."""
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip instead of scaling
-        grey = np.asarray(image).astype(np.int64) // 257
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image)
+        clear = (
+            grey == image.info["transparency"] if "transparency" in image.info else np.zeros_like(grey, bool)
+        )
+        scaled = np.where(clear, 255, (grey.astype(np.int64) // 257).clip(0, 255))
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

@@ -14,9 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from core.errors import RequestError
 
@@ -95,15 +93,6 @@ class VideoRequest(BaseModel):
         multiple_of=32,
     )
 
-    @field_validator("prompt", "n_prompt")
-    @classmethod
-    def _is_text(cls, value: str) -> str:
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise PydanticCustomError("not_text", "must be valid Unicode text") from None
-        return value
-
 
 ALIASES = {
     alias: name
@@ -118,7 +107,7 @@ def parse_request(data: Any) -> VideoRequest:
         raise RequestError(f"The input must be a JSON object, not {_kind(data)}.")
     values: dict[str, Any] = {}
     for key, value in data.items():
-        name = ALIASES.get(key, key)
+        name = ALIASES.get(key, _printable(key))
         if name in values:
             raise RequestError(f"`{name}` is given twice, the second time as `{_short(key)}`.")
         values[name] = value
@@ -129,10 +118,10 @@ def parse_request(data: Any) -> VideoRequest:
 
 
 def _sentence(error: ValidationError) -> str:
-    faults: dict[str, str] = {}  # a union of types reports each member; the first is enough
+    faults: dict[str, dict] = {}  # a union of types reports each member; the first is enough
     for fault in error.errors(include_url=False):
-        faults.setdefault(str(fault["loc"][0]), _fault(fault))
-    shown = [*faults.values()][:MAX_LISTED_ERRORS]
+        faults.setdefault(str(fault["loc"][0]), fault)
+    shown = [_fault(fault) for fault in [*faults.values()][:MAX_LISTED_ERRORS]]
     more = len(faults) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "") + "."
 
@@ -144,7 +133,7 @@ def _fault(fault: dict[str, Any]) -> str:
     if kind == "extra_forbidden":
         known = [*VideoRequest.model_fields, *ALIASES]
         near = difflib.get_close_matches(name, known, n=1)
-        return f"`{_short(name)}` is not a known field" + (f"; did you mean `{near[0]}`?" if near else "")
+        return f"`{_short(name)}` is not a known field" + (f" (did you mean `{near[0]}`?)" if near else "")
     match kind:
         case "missing":
             return f"`{name}` is required"
@@ -164,8 +153,8 @@ def _fault(fault: dict[str, Any]) -> str:
             return f"`{name}` must be a finite number {got}"
         case "literal_error":
             return f"`{name}` must be {context['expected']} {got}"
-        case "not_text":
-            return f"`{name}` {fault['msg']}"
+        case "string_unicode":
+            return f"`{name}` must be valid Unicode text"
     wanted = {"int": "a whole number", "float": "a number", "string": "a string", "bool": "true or false"}
     noun = wanted.get(kind.removesuffix("_type").removesuffix("_from_float").removesuffix("_parsing"))
     return f"`{name}` must be {noun} {got}" if noun else f"`{name}`: {fault['msg']} {got}"
@@ -174,8 +163,10 @@ def _fault(fault: dict[str, Any]) -> str:
 def _show(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}infinity"
     if isinstance(value, int | float):
-        return "NaN" if isinstance(value, float) and math.isnan(value) else _short(repr(value))
+        return f"{value:.10g}" if abs(value) < 1e20 else "a huge number"
     if isinstance(value, str):
         return f'the string "{_short(value)}"'
     return _kind(value)
@@ -188,6 +179,11 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
+def _printable(text: Any) -> str:
+    """`text` on one line, lone surrogates replaced: JSON may hold both, in names as in values."""
+    return " ".join(str(text).encode("utf-8", "replace").decode("utf-8").split())
+
+
 def _short(text: str) -> str:
-    text = text.encode("utf-8", "replace").decode("utf-8")
+    text = _printable(text)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -44,13 +44,13 @@ class Worker:
     def _answer(
         self, job_id: str, data: Any, report: Callable[[Progress], None], cancelled: threading.Event
     ) -> dict:
-        from core.job import run_job  # torch and the models' libraries: only once there is a job
-
         def check_cancelled() -> None:
             if cancelled.is_set():
                 raise CancelledError("The job was cancelled.")
 
         try:
+            from core.job import run_job  # torch and the models' libraries: only once there is a job
+
             check_cancelled()
             models = self._ready_models()
             reply = run_job(data, models, report=report, check_cancelled=check_cancelled)

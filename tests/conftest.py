@@ -1,12 +1,25 @@
 """What several tests need: the demo models, loaded once, and a small picture."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, before its first tensor: a third fewer seconds
 
 import numpy as np
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the processes share the cores
+
 DEMO = Path(__file__).parents[1] / "models" / "demo"
+
+
+def pytest_collection_modifyitems(items):
+    """Share the tests out by file, as their fixtures go; only the long parity jobs go one by one."""
+    for item in items:
+        if item.path.stem != "test_parity":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")

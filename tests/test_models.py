@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import HunyuanVideoFramepackTransformer3DModel
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoFramepackTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from core.errors import ModelError
@@ -103,6 +103,19 @@ def test_the_library_class_gives_the_same_velocity(demo_models):
         velocity = ours(**shared, history=history)
     assert expected.abs().max() > 0
     assert torch.equal(velocity, expected)
+
+
+def test_the_vae_attends_as_the_librarys_does(demo_models):
+    """Frame by frame instead of under a mask: the same pixels and latents to float32 rounding."""
+    library = AutoencoderKLHunyuanVideo.from_pretrained(DEMO / "hunyuan" / "vae").eval()
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 16, 5, 8, 6, generator=generator)
+    pixels = torch.rand(1, 3, 9, 48, 64, generator=generator) * 2 - 1
+    with torch.no_grad():
+        expected = library.decode(latents).sample, library.encode(pixels).latent_dist.parameters
+        ours = demo_models.vae.decode(latents).sample, demo_models.vae.encode(pixels).latent_dist.parameters
+    for result, reference in zip(ours, expected, strict=True):
+        assert (result - reference).norm() / reference.norm() < 1e-5
 
 
 def test_switching_direction_loads_the_other_transformer():

@@ -27,6 +27,7 @@ from core.settings import Settings
 from diffusers_helper import memory
 from diffusers_helper.text import template_crop
 from diffusers_helper.transformer import FramePackTransformer
+from diffusers_helper.vae import attend_framewise
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Models:
         self.text_encoder = _load_weights(LlamaModel, hunyuan, "text_encoder", dtype=half)
         self.text_encoder_2 = _load_weights(CLIPTextModel, hunyuan, "text_encoder_2", dtype=half)
         self.vae = _load_weights(AutoencoderKLHunyuanVideo, hunyuan, "vae", torch_dtype=half)
+        attend_framewise(self.vae)
         self.image_encoder = _load_weights(SiglipVisionModel, redux, "image_encoder", dtype=half)
         self.direction: Direction = profile.direction
         self.transformer: FramePackTransformer | None = self._load_transformer(profile.direction)
