@@ -25,6 +25,7 @@ import runpod
 from runpod.serverless.modules.rp_progress import progress_update
 from tqdm import tqdm
 
+from core.delivery import inlined
 from core.errors import WorkerError
 from core.progress import Progress
 from core.settings import Settings
@@ -123,14 +124,15 @@ def main() -> None:
     """Start the worker; exits with status 1 and one line when it cannot."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)-7s| %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    options = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False
-    )  # the SDK parses them again, and more
+    # the SDK parses these again, and more
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--test_input")
     options.add_argument("--rp_serve_api", action="store_true")
     given, _ = options.parse_known_args()
     on_runpod = "RUNPOD_WEBHOOK_GET_JOB" in os.environ
     local = not given.rp_serve_api and (given.test_input is not None or not on_runpod)
+    if local or given.rp_serve_api:
+        worker.deliver = inlined  # RunPod's payload limits do not hold here
     try:
         if local:
             _check_test_input(given.test_input)

@@ -18,6 +18,7 @@ STATUS_OF_CODE = {
     "image_too_large": 413,
     "model_unavailable": 503,
     "out_of_memory": 503,
+    "upload_failed": 502,
 }
 
 worker = Worker(initialize_models)

@@ -8,6 +8,8 @@ WorkerError                     internal_error
 ├── ModelError                  model_unavailable
 ├── OutOfMemoryError            out_of_memory       (asks for a fresh worker)
 ├── VideoEncodingError          video_encoding_failed
+├── ResultTooLargeError         result_too_large
+├── UploadError                 upload_failed
 └── CancelledError              cancelled
 
 Each carries one sentence for the caller; `code` is stable and may be relied on.
@@ -19,6 +21,15 @@ class WorkerError(Exception):
 
     code = "internal_error"
     refresh_worker = False
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
+        self.details: dict = {}
+
+    def with_details(self, **details: str) -> "WorkerError":
+        """More for the reply than the sentence, such as where the video was kept."""
+        self.details |= details
+        return self
 
 
 class RequestError(WorkerError):
@@ -56,13 +67,25 @@ class VideoEncodingError(WorkerError):
     code = "video_encoding_failed"
 
 
+class ResultTooLargeError(WorkerError):
+    """The video fits no reply, and there is nowhere else to put it."""
+
+    code = "result_too_large"
+
+
+class UploadError(WorkerError):
+    """The object storage is missing, refuses or does not answer."""
+
+    code = "upload_failed"
+
+
 class CancelledError(WorkerError):
     code = "cancelled"
 
 
 def error_reply(error: WorkerError) -> dict:
     """The reply of a failed job. `error` is a string: RunPod shows a dict there as COMPLETED."""
-    reply = {"error": str(error), "code": error.code}
+    reply = {"error": str(error), "code": error.code} | error.details
     if error.refresh_worker:
         reply["refresh_worker"] = True
     return reply

@@ -1,6 +1,5 @@
 """One job from JSON to JSON: the main path."""
 
-import base64
 import logging
 import random
 import tempfile
@@ -11,13 +10,13 @@ from typing import Any
 
 import torch
 
+from core.delivery import CONTENT_TYPE, inlined
 from core.errors import OutOfMemoryError
 from core.images import decode_image
 from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
 from core.pipeline.sections import FPS
 from core.request import MAX_SEED, VideoRequest, parse_request
 from core.timing import JobTimer
-from core.video import CONTENT_TYPE
 from diffusers_helper import memory
 
 log = logging.getLogger(__name__)
@@ -29,11 +28,14 @@ def run_job(
     data: Any,
     models: Models,
     *,
+    job_id: str = "job",
     report: Report = lambda progress: None,
     check_cancelled: Callable[[], None] = lambda: None,
+    deliver: Callable[..., dict] = inlined,
 ) -> dict:
     """Make the video that `data`, a job's input, asks for. Returns the reply (docs/in_out_spec.md).
 
+    `deliver` turns the finished MP4 into the reply's video fields (core/delivery.py).
     Raises WorkerError for whatever can be told to the caller; leaves no file behind and the models usable
     either way.
     """
@@ -65,10 +67,13 @@ def run_job(
             video, retried = _with_memory_retry(models, timer, generate)
         finally:
             memory.release_unused_memory(models.device)
-        mp4 = video.path.read_bytes()
+        with timer.span("deliver"):
+            delivered = deliver(video.path, job_id, request.output, check_cancelled)
 
-    return {
-        "video_base64": base64.b64encode(mp4).decode("ascii"),
+    warnings = _warnings(request, video, models, retried)
+    if note := delivered.pop("delivery_warning", None):
+        warnings.append(note)
+    return delivered | {
         "content_type": CONTENT_TYPE,
         "seed": seed,
         "width": video.width,
@@ -78,7 +83,7 @@ def run_job(
         "duration_s": round(video.frames / FPS, 3),
         "sections": len(video.plan.sections),
         "parameters": _parameters(request, seed, models),
-        "warnings": _warnings(request, video, models, retried),
+        "warnings": warnings,
         "timings": _timings(timer),
         "worker": _worker(models, retried),
     }
@@ -150,6 +155,7 @@ def _timings(timer: JobTimer) -> dict:
         "sections": timer.sections,
         "step": timer.step_summary(),
         "mp4_encode": timer.seconds("mp4_encode"),
+        "deliver": timer.seconds("deliver"),
         "total": timer.total(),
     }
 

@@ -84,6 +84,9 @@ class VideoRequest(BaseModel):
     )
     use_teacache: bool = _field(True, "Skip steps that would hardly change the result (about 2× faster).")
     mp4_crf: Whole = _field(16, "H.264 quality: 0 is lossless, lower is better and larger.", ge=0, le=51)
+    output: Literal["auto", "base64", "url"] = _field(
+        "auto", "How the video is returned; auto inlines what fits and uploads the rest."
+    )
     model: Literal["i2v", "f1"] | None = _field(None, "FramePack model; null is the worker's own.")
     resolution: Whole | None = _field(
         None,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from core.errors import SettingsError
@@ -22,22 +22,48 @@ class Settings:
     hunyuan_model: str | None = None  # HUNYUAN_MODEL: tokenizer(_2)/ text_encoder(_2)/ vae/
     redux_model: str | None = None  # REDUX_MODEL: feature_extractor/ image_encoder/
     output_dir: Path = Path("outputs")  # OUTPUT_DIR: where a local run leaves its MP4
+    inline_limit_mb: float = 7.0  # INLINE_LIMIT_MB: largest MP4 returned as base64, which adds a third
+    bucket_name: str | None = None  # BUCKET_NAME: object storage for larger ones; unset: none
+    bucket_endpoint_url: str | None = None  # BUCKET_ENDPOINT_URL: of an S3-compatible service; unset: AWS
+    bucket_region: str | None = None  # BUCKET_REGION
+    bucket_prefix: str = ""  # BUCKET_PREFIX: put before each video's key
+    bucket_access_key_id: str | None = field(default=None, repr=False)  # BUCKET_ACCESS_KEY_ID
+    bucket_secret_access_key: str | None = field(default=None, repr=False)  # BUCKET_SECRET_ACCESS_KEY
+    bucket_session_token: str | None = field(default=None, repr=False)  # BUCKET_SESSION_TOKEN
+    url_expires_s: int = 24 * 3600  # URL_EXPIRES_S: life of a video's URL, 7 days at most
+    volume_dir: Path = Path("/runpod-volume")  # VOLUME_DIR: keeps videos that could not be delivered
 
     def __post_init__(self) -> None:
         _one_of("MODEL_PROFILE", self.model_profile, PROFILES)
         _one_of("MEMORY_MODE", self.memory_mode, MEMORY_MODES)
+        _within("INLINE_LIMIT_MB", self.inline_limit_mb, 0, 14)  # /runsync takes 20 MB of base64
+        _within("URL_EXPIRES_S", self.url_expires_s, 60, 7 * 24 * 3600)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
         """Read the variables named above; an empty one counts as unset. Raises SettingsError."""
-        values = {
-            f.name: env[f.name.upper()].strip() for f in fields(cls) if env.get(f.name.upper(), "").strip()
-        }
-        if "output_dir" in values:
-            values["output_dir"] = Path(values["output_dir"])
+        values = {}
+        for setting in fields(cls):
+            name = setting.name.upper()
+            if text := env.get(name, "").strip():
+                values[setting.name] = _typed(name, text, setting.type)
         return cls(**values)
+
+
+def _typed(name: str, text: str, kind: type) -> str | float | int | Path:
+    if kind not in (float, int, Path):
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        raise SettingsError(f"{name} must be a number (got {text!r}).") from None
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise SettingsError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise SettingsError(f"{name} must be between {low:g} and {high:g} (got {value:g}).")

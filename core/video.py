@@ -9,8 +9,6 @@ from einops import rearrange
 
 from core.errors import VideoEncodingError
 
-CONTENT_TYPE = "video/mp4"
-
 
 def save_bcthw_as_mp4(
     clips: Iterable[torch.Tensor], output_filename: str | Path, fps: int = 30, crf: int = 16

@@ -1,13 +1,16 @@
 """A worker: models loaded once, jobs one at a time on one thread, every outcome a reply."""
 
+import json
 import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from core.delivery import Delivery
 from core.errors import CancelledError, WorkerError, error_reply
 from core.progress import Progress
+from core.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -16,10 +19,14 @@ class Worker:
     """Owns the models and the only thread that touches the GPU.
 
     `load` returns the models; it runs once, on that thread, at `start()` or in front of the first job.
+    `deliver` turns a finished MP4 into the reply's video fields; by default as the environment says.
     """
 
-    def __init__(self, load: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self, load: Callable[[], Any] | None = None, deliver: Callable[..., dict] | None = None
+    ) -> None:
         self._load = load
+        self.deliver = deliver
         self._models: Any = None
         self._cold_start_told = False
         self._gpu = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gpu")
@@ -53,7 +60,15 @@ class Worker:
 
             check_cancelled()
             models = self._ready_models()
-            reply = run_job(data, models, report=report, check_cancelled=check_cancelled)
+            reply = run_job(
+                data,
+                models,
+                job_id=job_id,
+                report=report,
+                check_cancelled=check_cancelled,
+                deliver=self.deliver or Delivery(Settings.from_env()),
+            )
+            json.dumps(reply, allow_nan=False)  # what is not JSON, RunPod would post broken or not at all
         except WorkerError as error:
             log.info("job %s: %s: %s", job_id, error.code, error)
             return error_reply(error)

@@ -204,6 +204,36 @@ class TestWorker:
         assert reply == {"error": "The model folder nowhere does not exist.", "code": "model_unavailable"}
 
 
+@pytest.mark.usefixtures("quick_decode")
+class TestDelivery:
+    def test_too_large_a_video_is_an_error_and_the_next_job_runs(
+        self, data, demo_models, monkeypatch, tmp_path
+    ):
+        worker = Worker(lambda: demo_models)
+        monkeypatch.setenv("VOLUME_DIR", str(tmp_path))
+        monkeypatch.setenv("INLINE_LIMIT_MB", "0.001")
+        reply = worker.submit("job-9", data).result()
+        assert reply["code"] == "result_too_large"
+        assert reply["video_path"] == str(tmp_path / "framepack-results" / "job-9.mp4")
+        monkeypatch.delenv("INLINE_LIMIT_MB")
+        assert "video_base64" in worker.submit("job-10", data).result()
+
+    def test_a_url_reply_has_no_base64(self, data, demo_models):
+        def deliver(path, job_id, output, check_cancelled):
+            assert path.read_bytes()[4:8] == b"ftyp" and (job_id, output) == ("job-9", "url")
+            return {"video_url": "https://storage.example/job-9.mp4", "delivery_warning": "Slow today."}
+
+        worker = Worker(lambda: demo_models, deliver)
+        reply = worker.submit("job-9", data | {"output": "url"}).result()
+        assert reply["video_url"].endswith("job-9.mp4") and reply["content_type"] == "video/mp4"
+        assert "video_base64" not in reply and "delivery_warning" not in reply
+        assert reply["warnings"] == ["Slow today."] and reply["timings"]["deliver"] >= 0
+
+    def test_a_reply_that_is_not_json_is_an_error(self, data, demo_models):
+        worker = Worker(lambda: demo_models, lambda *_: {"video_base64": b"bytes"})
+        assert worker.submit("job-9", data).result()["code"] == "internal_error"
+
+
 class TestVideo:
     def test_nothing_is_left_of_a_video_that_could_not_be_written(self, tmp_path):
         with pytest.raises(VideoEncodingError):

@@ -1,0 +1,232 @@
+"""Where a finished video goes: inline, to an S3 server on this machine, to the volume, or nowhere."""
+
+import base64
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import boto3
+import httpx
+import pytest
+from moto.server import ThreadedMotoServer
+
+from core.delivery import MAX_ATTEMPTS, Delivery, inlined
+from core.errors import CancelledError, ResultTooLargeError, UploadError, error_reply
+from core.settings import Settings, SettingsError
+
+MB = 1_000_000
+KEYS = {"bucket_access_key_id": "key", "bucket_secret_access_key": "a-secret", "bucket_region": "us-east-1"}
+
+
+def nothing():
+    """A job that nobody cancels."""
+
+
+def video(tmp_path, size):
+    path = tmp_path / "video.mp4"
+    path.write_bytes(os.urandom(size))
+    return path
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """The address of an S3 server with the bucket `videos`."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    address = f"http://127.0.0.1:{port}"
+    client = boto3.client(
+        "s3",
+        endpoint_url=address,
+        aws_access_key_id="key",
+        aws_secret_access_key="a-secret",
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket="videos")
+    yield address
+    server.stop()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings with a volume that exists; `volume=False` for none."""
+
+    def make(volume=True, **values):
+        folder = tmp_path / "volume"
+        if volume:
+            folder.mkdir()
+        return Settings(volume_dir=folder, **values)
+
+    return make
+
+
+@pytest.fixture
+def broken_storage():
+    """A server that answers every request with 503, and how many it got."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_PUT(self):
+            requests.append(self.path)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", requests
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def no_backoff(monkeypatch):
+    """botocore waits seconds between attempts; how long is its own affair."""
+    monkeypatch.setattr("botocore.endpoint.time.sleep", lambda _: None)
+
+
+def test_what_fits_is_inlined(tmp_path, settings):
+    path = video(tmp_path, 1000)
+    reply = Delivery(settings())(path, "job", "auto", nothing)
+    assert base64.b64decode(reply["video_base64"]) == path.read_bytes()
+    assert reply.keys() == {"video_base64"}
+
+
+@pytest.mark.parametrize(("size", "fits"), [(2 * MB, True), (2 * MB + 1, False)])
+def test_the_limit_is_exact(tmp_path, settings, size, fits):
+    delivery, path = Delivery(settings(inline_limit_mb=2)), video(tmp_path, size)
+    if fits:
+        assert "video_base64" in delivery(path, "job", "auto", nothing)
+    else:
+        with pytest.raises(ResultTooLargeError, match=r"2\.0 MB and at most 2 MB"):
+            delivery(path, "job", "auto", nothing)
+
+
+def test_a_large_video_goes_to_storage_and_comes_back_by_its_url(tmp_path, settings, s3):
+    path = video(tmp_path, 40 * MB)  # five parts
+    environment = settings(bucket_name="videos", bucket_endpoint_url=s3, bucket_prefix="/a/b/", **KEYS)
+    reply = Delivery(environment)(path, "job-1", "auto", nothing)
+    assert reply.keys() == {"video_url", "expires_at"}
+    assert "/videos/a/b/job-1.mp4?" in reply["video_url"]
+    with httpx.Client(trust_env=False) as client:
+        answer = client.get(reply["video_url"])
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "video/mp4"
+    assert answer.content == path.read_bytes()
+
+
+def test_url_uploads_even_what_fits(tmp_path, settings, s3):
+    environment = settings(bucket_name="videos", bucket_endpoint_url=s3, **KEYS)
+    reply = Delivery(environment)(video(tmp_path, 10), "job-2", "url", nothing)
+    assert "/videos/job-2.mp4?" in reply["video_url"]
+
+
+def test_base64_never_uploads(tmp_path, settings, s3):
+    environment = settings(bucket_name="videos", bucket_endpoint_url=s3, inline_limit_mb=1, **KEYS)
+    with pytest.raises(ResultTooLargeError):
+        Delivery(environment)(video(tmp_path, 2 * MB), "job", "base64", nothing)
+
+
+def test_nowhere_to_put_it_is_said_and_the_video_kept_on_the_volume(tmp_path, settings):
+    path = video(tmp_path, 8 * MB)
+    with pytest.raises(ResultTooLargeError) as error:
+        Delivery(settings())(path, "job-3", "auto", nothing)
+    reply = error_reply(error.value)
+    assert reply["code"] == "result_too_large"
+    for part in ("8.0 MB", "7 MB", "BUCKET_NAME", "`mp4_crf`"):
+        assert part in reply["error"]
+    kept = tmp_path / "volume" / "framepack-results" / "job-3.mp4"
+    assert reply["video_path"] == str(kept)
+    assert kept.read_bytes() == path.read_bytes()
+
+
+def test_without_a_volume_nothing_is_kept(tmp_path, settings):
+    with pytest.raises(ResultTooLargeError) as error:
+        Delivery(settings(volume=False))(video(tmp_path, 8 * MB), "job", "auto", nothing)
+    assert "video_path" not in error_reply(error.value)
+
+
+def test_a_full_volume_is_not_a_second_fault(tmp_path, settings, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("core.delivery.shutil.copyfile", full)
+    with pytest.raises(ResultTooLargeError) as error:
+        Delivery(settings())(video(tmp_path, 8 * MB), "job", "auto", nothing)
+    assert "video_path" not in error_reply(error.value)
+
+
+def test_url_without_storage_is_refused_but_the_video_kept(tmp_path, settings):
+    with pytest.raises(UploadError, match="BUCKET_NAME") as error:
+        Delivery(settings())(video(tmp_path, 10), "job", "url", nothing)
+    assert error_reply(error.value)["video_path"].endswith("job.mp4")
+
+
+@pytest.mark.usefixtures("no_backoff")
+def test_storage_that_refuses_is_tried_again_then_the_video_is_kept(tmp_path, settings, broken_storage):
+    address, requests = broken_storage
+    environment = settings(bucket_name="videos", bucket_endpoint_url=address, inline_limit_mb=1, **KEYS)
+    with pytest.raises(UploadError) as error:
+        Delivery(environment)(video(tmp_path, 2 * MB), "job", "auto", nothing)
+    assert len(requests) == MAX_ATTEMPTS
+    reply = error_reply(error.value)
+    assert reply["code"] == "upload_failed" and "videos" in reply["error"]
+    assert "a-secret" not in str(reply) and "127.0.0.1" not in str(reply)
+    assert reply["video_path"].endswith("job.mp4")
+
+
+@pytest.mark.usefixtures("no_backoff")
+def test_what_fits_is_inlined_when_storage_refuses(tmp_path, settings, broken_storage):
+    environment = settings(bucket_name="videos", bucket_endpoint_url=broken_storage[0], **KEYS)
+    reply = Delivery(environment)(video(tmp_path, 10), "job", "url", nothing)
+    assert "video_base64" in reply
+    assert "inlined instead" in reply["delivery_warning"]
+
+
+def test_a_missing_bucket_is_named(tmp_path, settings, s3):
+    environment = settings(bucket_name="nobodys", bucket_endpoint_url=s3, inline_limit_mb=1, **KEYS)
+    with pytest.raises(UploadError, match=r"bucket nobodys \(NoSuchBucket\)"):
+        Delivery(environment)(video(tmp_path, 2 * MB), "job", "auto", nothing)
+
+
+@pytest.mark.usefixtures("no_backoff")
+def test_a_cancel_stops_the_upload(tmp_path, settings, s3):
+    calls = []
+
+    def cancel():
+        calls.append(1)
+        if len(calls) >= 3:
+            raise CancelledError("The job was cancelled.")
+
+    environment = settings(bucket_name="videos", bucket_endpoint_url=s3, **KEYS)
+    with pytest.raises(CancelledError):
+        Delivery(environment)(video(tmp_path, 40 * MB), "cancelled", "auto", cancel)
+    with httpx.Client(trust_env=False) as client:
+        assert "cancelled.mp4" not in client.get(f"{s3}/videos?list-type=2").text
+
+
+@pytest.mark.parametrize("job_id", ["../../etc/passwd", "a/b", "\0", "", ".hidden", "x" * 5000, "Ü\n"])
+def test_a_hostile_job_id_is_no_path(tmp_path, settings, job_id):
+    with pytest.raises(ResultTooLargeError) as error:
+        Delivery(settings())(video(tmp_path, 8 * MB), job_id, "auto", nothing)
+    (kept,) = (tmp_path / "volume" / "framepack-results").iterdir()
+    assert error_reply(error.value)["video_path"] == str(kept)
+
+
+def test_without_limits_everything_is_inlined(tmp_path):
+    path = video(tmp_path, 8 * MB)
+    assert len(inlined(path, "job", "url", nothing)["video_base64"]) > 10 * MB
+
+
+def test_settings_hide_secrets_and_check_numbers():
+    settings = Settings.from_env({"BUCKET_SECRET_ACCESS_KEY": "a-secret", "INLINE_LIMIT_MB": "3.5"})
+    assert settings.inline_limit_mb == 3.5
+    assert "a-secret" not in repr(settings)
+    for env in ({"INLINE_LIMIT_MB": "many"}, {"INLINE_LIMIT_MB": "nan"}, {"URL_EXPIRES_S": "1"}):
+        (name,) = env
+        with pytest.raises(SettingsError, match=name):
+            Settings.from_env(env)
