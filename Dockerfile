@@ -7,7 +7,8 @@ ENV DEBIAN_FRONTEND=noninteractive \
     VIRTUAL_ENV=/opt/venv \
     PATH=/opt/venv/bin:$PATH
 
-# gcc and the headers: Triton compiles its launchers at run time
+# gcc and the headers: Triton compiles its launchers at run time. Versions are the distribution's newest on purpose.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3.12 python3.12-venv python3.12-dev gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/* \

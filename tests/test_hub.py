@@ -1,0 +1,76 @@
+"""The default profile from a hub: what is downloaded, at which revision, and once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.pipeline.profiles import load_profile
+from core.settings import Settings
+from tests.conftest import DEMO
+from tests.fake_hub import fake_hub
+from tests.fake_runpod import environment
+
+ROOT = Path(__file__).parents[1]
+LOAD = "from core.pipeline import initialize_models; m = initialize_models(); m.use_direction('f1')"
+
+
+@pytest.fixture
+def hub():
+    """The demo models under the real models' names."""
+    profile = load_profile(Settings())
+    repositories = {
+        profile.transformers["i2v"].location: DEMO / "framepack",
+        profile.transformers["f1"].location: DEMO / "framepack_f1",
+        profile.hunyuan.location: DEMO / "hunyuan",
+        profile.redux.location: DEMO / "redux",
+    }
+    with fake_hub(repositories) as hub:
+        yield hub
+
+
+def load(hub, tmp_path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Load both transformers of the default profile in a process of its own."""
+    own = {"MODEL_PROFILE": "framepack", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub")}
+    return subprocess.run(
+        [sys.executable, "-c", LOAD],
+        cwd=ROOT,
+        env=environment(**{"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"} | own | variables),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_models_come_from_the_hub_at_their_pinned_revisions_and_only_once(hub, tmp_path):
+    first = load(hub, tmp_path)
+    assert first.returncode == 0, first.stderr[-2000:]
+    profile = load_profile(Settings())
+    pinned = {
+        s.location: s.revision for s in [*profile.transformers.values(), profile.hunyuan, profile.redux]
+    }
+    asked = {(repository, revision) for repository, revision, _ in hub.asked}
+    assert asked == set(pinned.items())
+
+    offline = load(hub, tmp_path, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert offline.returncode == 0, offline.stderr[-2000:]
+
+
+def test_a_repository_that_is_not_there_is_named_in_one_line(hub, tmp_path):
+    hub.repositories.clear()
+    code = "import handler; handler.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment(
+            MODEL_PROFILE="framepack", HF_HUB_OFFLINE="0", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path)
+        ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "cannot start" in line]
+    assert "hunyuanvideo-community/HunyuanVideo" in line
