@@ -80,10 +80,10 @@ class Models:
             memory.forget(self.transformer)
             self.transformer = None
             memory.release_unused_memory(self.device)
-        self.transformer = self._load_transformer(direction)
-        self.direction = direction
+        transformer = self._load_transformer(direction)
         if self.memory_mode == "resident":
-            self.transformer.to(self.device)
+            transformer.to(self.device)
+        self.transformer, self.direction = transformer, direction
 
     def set_memory_mode(self, mode: str) -> None:
         """`resident`: every model stays on the GPU. `swap`: each is there only while it is used.
