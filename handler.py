@@ -31,8 +31,6 @@ from core.progress import Progress
 from core.settings import Settings
 from core.worker import Worker
 
-log = logging.getLogger(__name__)
-
 PROGRESS_INTERVAL_S = 2.0
 PROGRESS_QUIET_S = 1.0  # an update still on its way when the result arrives would leave the job IN_PROGRESS
 

@@ -28,6 +28,8 @@ GB = 1024**3
 CPU = torch.device("cpu")
 _HOOK = "dynamic_swap"
 _LARGE = 1024**2  # bytes; smaller tensors may share a page with others, which cannot be pinned twice
+_MADV_DONTFORK, _MADV_DOFORK = 10, 11  # Linux
+_libc = ctypes.CDLL(None)
 
 _complete: WeakKeyDictionary[nn.Module, ModuleGroup] = WeakKeyDictionary()
 _streamed: WeakKeyDictionary[nn.Module, "_StreamedModel"] = WeakKeyDictionary()
@@ -239,18 +241,12 @@ def _unregister(tensors: list[torch.Tensor]) -> None:
         torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
 
 
-_MADV_DONTFORK, _MADV_DOFORK = 10, 11
-
-
 def _advise(tensor: torch.Tensor, advice: int) -> None:
     """Keep the pages out of children, or not: Linux copies pinned pages at fork, 40 GB for one ffmpeg."""
     page = mmap.PAGESIZE
     first = -(-tensor.data_ptr() // page) * page
     length = (tensor.data_ptr() + tensor.nbytes) // page * page - first
     _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice)
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _onload(group: ModuleGroup) -> None:
