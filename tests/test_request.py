@@ -25,6 +25,7 @@ DEFAULTS = {
     "gpu_memory_preservation": 6.0,
     "use_teacache": True,
     "mp4_crf": 16,
+    "output": "auto",
     "model": None,
     "resolution": None,
 }
