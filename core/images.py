@@ -34,13 +34,12 @@ def _decode_base64(text: str) -> bytes:
             raise ImageError("The input image's data URI must be base64.")
         text = text[match.end() :]
     text = "".join(text.split()).rstrip("=")
+    if len(text) * 3 // 4 > MAX_BYTES:  # just what it decodes to
+        raise ImageTooLargeError(f"The input image has over {MAX_BYTES // 1_000_000} MB.")
     try:
-        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise ImageError("The input image is not valid base64.") from None
-    if len(data) > MAX_BYTES:
-        raise ImageTooLargeError(f"The input image has over {MAX_BYTES // 1_000_000} MB.")
-    return data
 
 
 def _to_rgb(data: bytes) -> np.ndarray:

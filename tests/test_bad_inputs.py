@@ -9,7 +9,6 @@ import tempfile
 import threading
 
 import pytest
-import torch
 from PIL import Image
 
 import handler
@@ -224,12 +223,9 @@ def one_worker(loads):
         loads.append(threading.current_thread())
         return quick_models()
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two that wait for each other are slow where something else runs too
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(handler, "worker", Worker(load))
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import serverless_handler
 from core.errors import ModelError, OutOfMemoryError
@@ -16,12 +15,9 @@ from tests.test_images import BOMBS, to_base64
 
 @pytest.fixture(scope="module", autouse=True)
 def worker():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two that wait for each other are slow where something else runs too
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serverless_handler, "worker", Worker(quick_models))
         yield
-    torch.set_num_threads(threads)
 
 
 def answered(event, context=None) -> tuple[int, dict]:
