@@ -1,16 +1,19 @@
 """What can go wrong, as the caller sees it.
 
-WorkerError                     internal_error
-├── RequestError                invalid_request
-│   └── ImageError              invalid_image
-│       └── ImageTooLargeError  image_too_large
-├── SettingsError               invalid_settings
-├── ModelError                  model_unavailable
-├── OutOfMemoryError            out_of_memory       (asks for a fresh worker)
-├── VideoEncodingError          video_encoding_failed
-├── ResultTooLargeError         result_too_large
-├── UploadError                 upload_failed
-└── CancelledError              cancelled
+WorkerError                        internal_error
+├── RequestError                   invalid_request
+│   ├── ImageError                 invalid_image
+│   │   └── ImageTooLargeError     image_too_large
+│   ├── UrlRefusedError            url_refused
+│   └── DownloadError              download_failed
+│       └── DownloadTooLargeError  download_too_large
+├── SettingsError                  invalid_settings
+├── ModelError                     model_unavailable
+├── OutOfMemoryError               out_of_memory       (asks for a fresh worker)
+├── VideoEncodingError             video_encoding_failed
+├── ResultTooLargeError            result_too_large
+├── UploadError                    upload_failed
+└── CancelledError                 cancelled
 
 Each carries one sentence for the caller; `code` is stable and may be relied on.
 """
@@ -44,6 +47,22 @@ class ImageError(RequestError):
 
 class ImageTooLargeError(ImageError):
     code = "image_too_large"
+
+
+class UrlRefusedError(RequestError):
+    """A URL that the worker will not connect to, whatever is there."""
+
+    code = "url_refused"
+
+
+class DownloadError(RequestError):
+    """A URL that does not give its file."""
+
+    code = "download_failed"
+
+
+class DownloadTooLargeError(DownloadError):
+    code = "download_too_large"
 
 
 class SettingsError(WorkerError):
