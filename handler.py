@@ -12,34 +12,31 @@ import argparse
 import asyncio
 import base64
 import json
-import logging
 import os
 import sys
 import threading
-import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # the SDK's default prints every input and output
 
 import runpod
-from runpod.serverless.modules.rp_progress import progress_update
 from tqdm import tqdm
 
+from core import logs
 from core.delivery import inlined
 from core.errors import WorkerError
 from core.progress import Progress
 from core.settings import Settings
 from core.worker import Worker
-
-PROGRESS_INTERVAL_S = 2.0
-PROGRESS_QUIET_S = 1.0  # an update still on its way when the result arrives would leave the job IN_PROGRESS
+from runpod_posts import RunPodProgress, post_results_here
 
 worker = Worker()
 
 
 async def handler(job: dict) -> dict:
     """Answer one RunPod job: `{"id": …, "input": {…}}` → the reply, or `{"error": …, "code": …}`."""
-    return await _run(job, RunPodProgress(job))
+    return await _run(job, RunPodProgress(str(job.get("id", ""))))
 
 
 async def local_handler(job: dict) -> dict:
@@ -57,7 +54,7 @@ async def local_handler(job: dict) -> dict:
 
 async def _run(job: dict, progress: "RunPodProgress | LocalProgress") -> dict:
     cancelled = threading.Event()
-    future = worker.submit(str(job.get("id", "")), job.get("input"), progress.report, cancelled)
+    future = worker.submit(str(job.get("id", "")), _input_of(job), progress.report, cancelled)
     done = asyncio.wrap_future(future)
     try:
         reply = await asyncio.shield(done)
@@ -71,30 +68,16 @@ async def _run(job: dict, progress: "RunPodProgress | LocalProgress") -> dict:
                 await asyncio.wait([done])
             except asyncio.CancelledError:
                 continue
+        await progress.settle()
         raise
 
 
-class RunPodProgress:
-    """Sends a job's progress to RunPod, at most every two seconds, and not during its last moments."""
-
-    def __init__(self, job: dict, send=progress_update, clock=time.monotonic) -> None:
-        self._job = {"id": job.get("id", "")}
-        self._send = send
-        self._clock = clock
-        self._last: float | None = None
-        self._enabled = "RUNPOD_WEBHOOK_POST_OUTPUT" in os.environ
-
-    def report(self, progress: Progress) -> None:
-        now = self._clock()
-        due = self._last is None or now - self._last >= PROGRESS_INTERVAL_S
-        if self._enabled and due and progress.stage != "mp4_encode":
-            self._last = now
-            self._send(self._job, progress.as_dict())
-
-    async def settle(self) -> None:
-        """Wait until an update sent just now has surely arrived."""
-        if self._last is not None:
-            await asyncio.sleep(max(0.0, self._last + PROGRESS_QUIET_S - self._clock()))
+def _input_of(job: dict) -> Any:
+    """The job's input, with the bucket that RunPod passes on beside it."""
+    data = job.get("input")
+    if job.get("s3Config") is not None and isinstance(data, dict) and "s3_config" not in data:
+        return {"s3Config": job["s3Config"]} | data
+    return data
 
 
 class LocalProgress:
@@ -110,7 +93,8 @@ class LocalProgress:
 
     def report(self, progress: Progress) -> None:
         if self._bar is None:
-            self._bar = tqdm(total=progress.sections * progress.steps, unit="step", file=sys.stderr)
+            self._bar = tqdm(unit="step", file=sys.stderr)
+        self._bar.total = progress.sections * progress.steps  # known once the request is read
         self._bar.set_description(f"section {progress.section}/{progress.sections} {progress.stage}")
         self._bar.update(max(0, progress.steps_done - self._bar.n))
 
@@ -120,14 +104,14 @@ class LocalProgress:
 
 def main() -> None:
     """Start the worker; exits with status 1 and one line when it cannot."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)-7s| %(message)s", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.configure(as_json="RUNPOD_ENDPOINT_ID" in os.environ)  # as the SDK decides it
     # the SDK parses these again, and more
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--test_input")
     options.add_argument("--rp_serve_api", action="store_true")
     given, _ = options.parse_known_args()
     on_runpod = "RUNPOD_WEBHOOK_GET_JOB" in os.environ
+    post_results_here()
     local = not given.rp_serve_api and (given.test_input is not None or not on_runpod)
     if local or given.rp_serve_api:
         worker.deliver = inlined  # RunPod's payload limits do not hold here

@@ -21,6 +21,8 @@ STATUS_OF_CODE = {
     "download_too_large": 413,
     "model_unavailable": 503,
     "out_of_memory": 503,
+    "gpu_failed": 503,
+    "timed_out": 504,
     "upload_failed": 502,
 }
 

@@ -10,9 +10,11 @@ WorkerError                        internal_error
 ├── SettingsError                  invalid_settings
 ├── ModelError                     model_unavailable
 ├── OutOfMemoryError               out_of_memory       (asks for a fresh worker)
+├── GpuError                       gpu_failed          (asks for a fresh worker)
 ├── VideoEncodingError             video_encoding_failed
 ├── ResultTooLargeError            result_too_large
 ├── UploadError                    upload_failed
+├── TimeLimitError                 timed_out
 └── CancelledError                 cancelled
 
 Each carries one sentence for the caller; `code` is stable and may be relied on.
@@ -82,6 +84,13 @@ class OutOfMemoryError(WorkerError):
     refresh_worker = True
 
 
+class GpuError(WorkerError):
+    """A CUDA error that no later call on this process's GPU context would survive."""
+
+    code = "gpu_failed"
+    refresh_worker = True
+
+
 class VideoEncodingError(WorkerError):
     code = "video_encoding_failed"
 
@@ -96,6 +105,12 @@ class UploadError(WorkerError):
     """The object storage is missing, refuses or does not answer."""
 
     code = "upload_failed"
+
+
+class TimeLimitError(WorkerError):
+    """The job used up its `timeout_s`, or the worker's JOB_TIMEOUT_S."""
+
+    code = "timed_out"
 
 
 class CancelledError(WorkerError):

@@ -1,10 +1,11 @@
-"""base64 or data URI → (H, W, 3) uint8 RGB. Everything is checked before it is decoded."""
+"""base64, data URI or URL → (H, W, 3) uint8 RGB. Everything is checked before it is decoded."""
 
 import base64
 import binascii
 import io
 import re
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,12 +20,21 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 _DATA_URI = re.compile(r"data:[\w.+/-]*(;[\w=.-]+)*,", re.IGNORECASE)
 
 
-def decode_image(text: str) -> np.ndarray:
+_URL = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+Fetch = Callable[[str, int], bytes]  # URL and the most bytes to accept → content
+
+
+def _no_urls(url: str, max_bytes: int) -> bytes:
+    raise ImageError("The input image cannot be given as a URL here.")
+
+
+def decode_image(text: str, fetch: Fetch = _no_urls) -> np.ndarray:
     """Decode the request's image: first frame, upright by EXIF, transparency on white.
 
-    Raises ImageError or ImageTooLargeError with the sentence for the caller.
+    Raises ImageError or ImageTooLargeError with the sentence for the caller, or what `fetch` raises.
     """
-    return _to_rgb(_decode_base64(text))
+    return _to_rgb(fetch(text.strip(), MAX_BYTES) if _URL.match(text[:64]) else _decode_base64(text))
 
 
 def _decode_base64(text: str) -> bytes:

@@ -1,21 +1,27 @@
 """One job from JSON to JSON: the main path."""
 
 import logging
+import math
 import random
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from core.delivery import CONTENT_TYPE, inlined
-from core.errors import OutOfMemoryError
-from core.images import decode_image
+from core.deadline import Deadline
+from core.delivery import CONTENT_TYPE, Deliver, inlined
+from core.errors import GpuError, OutOfMemoryError
+from core.fetch import fetch_url
+from core.images import Fetch, decode_image
 from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
 from core.pipeline.sections import FPS
-from core.request import MAX_SEED, VideoRequest, parse_request
+from core.progress import Progress
+from core.request import MAX_SEED, SECRETS, VideoRequest, parse_request
+from core.settings import Settings
 from core.timing import JobTimer
 from diffusers_helper import memory
 
@@ -27,11 +33,12 @@ LIBRARIES = ("torch", "diffusers", "transformers", "runpod")
 def run_job(
     data: Any,
     models: Models,
+    settings: Settings | None = None,
     *,
     job_id: str = "job",
     report: Report = lambda progress: None,
     check_cancelled: Callable[[], None] = lambda: None,
-    deliver: Callable[..., dict] = inlined,
+    deliver: Deliver = inlined,
 ) -> dict:
     """Make the video that `data`, a job's input, asks for. Returns the reply (docs/in_out_spec.md).
 
@@ -39,38 +46,68 @@ def run_job(
     Raises WorkerError for whatever can be told to the caller; leaves no file behind and the models usable
     either way.
     """
-    timer = JobTimer(wait=_gpu_wait(models.device))
+    settings = settings or Settings()
+    timer = JobTimer(wait=_gpu_wait(models.device), on_stage=_log_stage)
     request = parse_request(data)
-    image = decode_image(request.input_image)
+    deadline = Deadline(min(request.timeout_s or math.inf, settings.job_timeout_s))
+    report(Progress())
+    with timer.span("input"):
+        image = decode_image(request.input_image, fetch=_fetcher(settings, deadline, check_cancelled))
     seed = random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
     with timer.span("model_load"):
         models.use_direction(request.model or models.profile.direction)
     if models.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(models.device)
 
-    with tempfile.TemporaryDirectory(prefix="framepack-") as folder:
+    with ExitStack() as cleanup:
+
+        def temporary_mp4(parent: Path | None = None) -> Path:
+            folder = tempfile.TemporaryDirectory(prefix="framepack-", dir=parent)
+            return Path(cleanup.enter_context(folder)) / "video.mp4"
+
+        def spare_mp4() -> Path:
+            """Elsewhere than where the encoding failed: on the volume, if there is one."""
+            return temporary_mp4(settings.volume_dir if settings.volume_dir.is_dir() else None)
+
+        output_filename = temporary_mp4()
 
         def generate(frugal: bool = False) -> GeneratedVideo:
             return generate_video_sync(
                 models,
                 image,
                 request,
-                Path(folder) / "video.mp4",
+                output_filename,
                 seed=seed,
                 timer=timer,
                 report=report,
                 check_cancelled=check_cancelled,
+                deadline=deadline,
                 frugal=frugal,
+                spare_filename=spare_mp4,
             )
 
         try:
             video, retried = _with_memory_retry(models, timer, generate)
+        except Exception as error:
+            if memory.is_gpu_failure(error):
+                log.exception("the GPU failed")
+                raise GpuError("The GPU failed during this job; the worker is being replaced.") from error
+            raise
         finally:
             memory.release_unused_memory(models.device)
+        report(
+            Progress(
+                sections=video.sections,
+                steps=request.steps,
+                stage="deliver",
+                section=video.sections,
+                step=request.steps,
+            )
+        )
         with timer.span("deliver"):
-            delivered = deliver(video.path, job_id, request.output, check_cancelled)
+            delivered = deliver(video.path, job_id, request, check_cancelled)
 
-    warnings = _warnings(request, video, models, retried)
+    warnings = _warnings(request, video, models, settings, retried)
     if note := delivered.pop("delivery_warning", None):
         warnings.append(note)
     return delivered | {
@@ -81,7 +118,8 @@ def run_job(
         "fps": FPS,
         "frames": video.frames,
         "duration_s": round(video.frames / FPS, 3),
-        "sections": len(video.plan.sections),
+        "sections": video.sections,
+        "partial": video.sections < len(video.plan.sections),
         "parameters": _parameters(request, seed, models),
         "warnings": warnings,
         "timings": _timings(timer),
@@ -118,7 +156,7 @@ def _with_memory_retry(
 
 
 def _parameters(request: VideoRequest, seed: int, models: Models) -> dict:
-    used = request.model_dump(exclude={"input_image"})
+    used = request.model_dump(exclude=set(SECRETS))
     return used | {
         "seed": seed,
         "model": models.direction,
@@ -126,8 +164,18 @@ def _parameters(request: VideoRequest, seed: int, models: Models) -> dict:
     }
 
 
-def _warnings(request: VideoRequest, video: GeneratedVideo, models: Models, retried: bool) -> list[str]:
+def _warnings(
+    request: VideoRequest, video: GeneratedVideo, models: Models, settings: Settings, retried: bool
+) -> list[str]:
     warnings = [*video.warnings]
+    planned = len(video.plan.sections)
+    if video.sections < planned:
+        which = "end" if video.plan.direction == "i2v" else "start"
+        warnings.append(
+            f"The time was up after {video.sections} of {planned} sections; they are the video's {which}."
+        )
+    if request.partial and request.timeout_s is None and settings.job_timeout_s == math.inf:
+        warnings.append("`partial` had no effect: the job has no time limit (`timeout_s`).")
     given = request.model_fields_set
     if request.cfg == 1:
         if request.n_prompt:
@@ -147,8 +195,28 @@ def _warnings(request: VideoRequest, video: GeneratedVideo, models: Models, retr
     return warnings
 
 
+def _fetcher(settings: Settings, deadline: Deadline, check_cancelled: Callable[[], None]) -> Fetch:
+    """What gets an input's URL, within the job's time."""
+
+    def fetch(url: str, max_bytes: int) -> bytes:
+        return fetch_url(
+            url,
+            max_bytes=max_bytes,
+            timeout_s=min(settings.download_timeout_s, deadline.left),
+            allowed_hosts=settings.input_hosts,
+            check_cancelled=check_cancelled,
+        )
+
+    return fetch
+
+
+def _log_stage(name: str, seconds: float) -> None:
+    log.info("%s: %.2f s", name, seconds)
+
+
 def _timings(timer: JobTimer) -> dict:
     return {
+        "input": timer.seconds("input"),
         "model_load": timer.seconds("model_load"),
         "text_encode": timer.seconds("text_encode"),
         "image_encode": {"vae": timer.seconds("vae_encode"), "clip_vision": timer.seconds("clip_vision")},

@@ -1,20 +1,24 @@
 """Where a job stands, as its caller may see it."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Stage `encode`, `sample`, `decode` or `mp4_encode`; section and step count from 1."""
+    """Stage `input`, `encode`, `sample`, `decode`, `mp4_encode` or `deliver`; sections and steps from 1."""
 
-    sections: int
-    steps: int
-    stage: str = "encode"
+    sections: int = 1
+    steps: int = 1
+    stage: str = "input"
     section: int = 0
     step: int = 0
+    seconds_left: float | None = None  # of sampling and decoding; None until there is a step to go by
+    preview: Callable[[], str] | None = None  # makes a base64 JPEG; called only for what is really sent
 
-    def at(self, stage: str, section: int = 0, step: int = 0) -> "Progress":
-        return replace(self, stage=stage, section=section, step=step)
+    def at(self, stage: str, section: int = 0, step: int = 0, **values) -> "Progress":
+        return replace(self, stage=stage, section=section, step=step, **values)
 
     @property
     def steps_done(self) -> int:
@@ -27,11 +31,32 @@ class Progress:
         return 100 * self.steps_done // (self.sections * self.steps)
 
     def as_dict(self) -> dict:
-        return {
+        """What is sent; JSON-safe."""
+        shown = {
             "stage": self.stage,
             "section": self.section,
             "sections": self.sections,
             "step": self.step,
             "steps": self.steps,
             "percent": self.percent,
+            "seconds_left": self.seconds_left,
         }
+        return shown | ({"preview": self.preview()} if self.preview else {})
+
+
+class Pace:
+    """Seconds left, from the time that the steps so far have taken, decoding between sections included."""
+
+    def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._steps = steps
+        self._clock = clock
+        self._started: float | None = None
+
+    def left(self, steps_done: int) -> float | None:
+        """The first call, before any step, starts the clock."""
+        now = self._clock()
+        if self._started is None:
+            self._started = now
+        if not steps_done:
+            return None
+        return round((now - self._started) / steps_done * (self._steps - steps_done), 1)

@@ -38,15 +38,41 @@ def _field(default: Any, description: str, *, aliases: tuple[str, ...] = (), **b
     return Field(default, description=description, json_schema_extra=extra, **bounds)
 
 
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class S3Config(BaseModel):
+    """The caller's own bucket, under RunPod's names."""
+
+    model_config = STRICT
+
+    accessId: str = Field(description="Access key id.", min_length=1, max_length=256, repr=False)
+    accessSecret: str = Field(description="Secret access key.", min_length=1, max_length=256, repr=False)
+    bucketName: str = Field(description="Name of the bucket.", pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{1,254}$")
+    endpointUrl: str = Field(
+        description="https address of the S3-compatible service, on the public internet.",
+        pattern=r"^https://[^\s/?#@\\]+/?$",
+        max_length=512,
+    )
+    region: str | None = Field(
+        None, description="Region, where the service wants one.", pattern=r"^[a-z0-9-]{1,64}$"
+    )
+    sessionToken: str | None = Field(
+        None, description="For temporary credentials.", max_length=4096, repr=False
+    )
+    prefix: str = Field("", description="Put before the video's key.", max_length=512)
+
+
 class VideoRequest(BaseModel):
     """One job: an image and a prompt in, a video out."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    model_config = STRICT
 
     input_image: str = _field(
         ...,
-        "The first frame: base64 or a data URI of a PNG, JPEG or WebP of at most 20 MB and 50 megapixels.",
-        aliases=("image", "image_b64", "image_base64", "input_image_b64"),
+        "The first frame: base64, a data URI or an https URL of a PNG, JPEG or WebP of at most 20 MB and 50 "
+        "megapixels.",
+        aliases=("image", "image_b64", "image_base64", "input_image_b64", "image_url"),
         min_length=1,
         repr=False,
     )
@@ -87,6 +113,16 @@ class VideoRequest(BaseModel):
     output: Literal["auto", "base64", "url"] = _field(
         "auto", "How the video is returned; auto inlines what fits and uploads the rest."
     )
+    s3_config: S3Config | None = _field(
+        None, "Bucket for this job's video, in place of the worker's.", aliases=("s3Config",), repr=False
+    )
+    timeout_s: float | None = _field(
+        None, "Seconds the job may take from its start; null is the worker's own limit.", ge=1, le=86_400
+    )
+    partial: bool = _field(
+        False, "When the time is up, return the sections that are finished instead of an error."
+    )
+    preview: bool = _field(False, "Put a small JPEG of the section being sampled into the progress.")
     model: Literal["i2v", "f1"] | None = _field(None, "FramePack model; null is the worker's own.")
     resolution: Whole | None = _field(
         None,
@@ -96,6 +132,8 @@ class VideoRequest(BaseModel):
         multiple_of=32,
     )
 
+
+SECRETS = ("input_image", "s3_config")  # never shown or echoed
 
 ALIASES = {
     alias: name
@@ -123,19 +161,20 @@ def parse_request(data: Any) -> VideoRequest:
 def _sentence(error: ValidationError) -> str:
     faults: dict[str, dict] = {}  # a union of types reports each member; the first is enough
     for fault in error.errors(include_url=False):
-        faults.setdefault(str(fault["loc"][0]), fault)
+        faults.setdefault(_path(fault), fault)
     shown = [_fault(fault) for fault in [*faults.values()][:MAX_LISTED_ERRORS]]
     more = len(faults) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "") + "."
 
 
 def _fault(fault: dict[str, Any]) -> str:
-    name, kind = str(fault["loc"][0]), fault["type"]
+    name, kind = _path(fault), fault["type"]
     context = fault.get("ctx", {})
-    got = f"(got {_show(fault['input'])})"
+    field, _, part = name.partition(".")
+    got = f"(got {_kind(fault['input']) if field in SECRETS else _show(fault['input'])})"
     if kind == "extra_forbidden":
-        known = [*VideoRequest.model_fields, *ALIASES]
-        near = difflib.get_close_matches(name, known, n=1)
+        known = S3Config.model_fields if part else [*VideoRequest.model_fields, *ALIASES]
+        near = difflib.get_close_matches(part or field, known, n=1)
         return f"`{_short(name)}` is not a known field" + (f" (did you mean `{near[0]}`?)" if near else "")
     match kind:
         case "missing":
@@ -158,9 +197,21 @@ def _fault(fault: dict[str, Any]) -> str:
             return f"`{name}` must be {context['expected']} {got}"
         case "string_unicode":
             return f"`{name}` must be valid Unicode text"
+        case "string_pattern_mismatch" if part == "endpointUrl":
+            return f"`{name}` must be of the form https://host"
+        case "string_pattern_mismatch":
+            return f"`{name}` is not the name of a {'region' if part == 'region' else 'bucket'}"
+        case "model_type":
+            return f"`{name}` must be an object {got}"
     wanted = {"int": "a whole number", "float": "a number", "string": "a string", "bool": "true or false"}
     noun = wanted.get(kind.removesuffix("_type").removesuffix("_from_float").removesuffix("_parsing"))
     return f"`{name}` must be {noun} {got}" if noun else f"`{name}`: {fault['msg']} {got}"
+
+
+def _path(fault: dict[str, Any]) -> str:
+    """`field`, or `s3_config.part`; what pydantic adds for the members of a union is left out."""
+    field, *parts = map(str, fault["loc"])
+    return ".".join([field, *parts[:1]]) if field == "s3_config" else field
 
 
 def _show(value: Any) -> str:

@@ -1,5 +1,6 @@
 """The worker's environment, read once into one frozen object."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -31,6 +32,10 @@ class Settings:
     bucket_secret_access_key: str | None = field(default=None, repr=False)  # BUCKET_SECRET_ACCESS_KEY
     bucket_session_token: str | None = field(default=None, repr=False)  # BUCKET_SESSION_TOKEN
     url_expires_s: int = 24 * 3600  # URL_EXPIRES_S: life of a video's URL, 7 days at most
+    upload_timeout_s: float = 300.0  # UPLOAD_TIMEOUT_S: longest upload of one video
+    input_hosts: tuple[str, ...] = ()  # INPUT_HOSTS: where input URLs may lead, with commas; unset: anywhere
+    download_timeout_s: float = 30.0  # DOWNLOAD_TIMEOUT_S: longest download of one input
+    job_timeout_s: float = math.inf  # JOB_TIMEOUT_S: most any job may take; unset: no limit
     volume_dir: Path = Path("/runpod-volume")  # VOLUME_DIR: keeps videos that could not be delivered
 
     def __post_init__(self) -> None:
@@ -38,6 +43,9 @@ class Settings:
         _one_of("MEMORY_MODE", self.memory_mode, MEMORY_MODES)
         _within("INLINE_LIMIT_MB", self.inline_limit_mb, 0, 14)  # /runsync takes 20 MB of base64
         _within("URL_EXPIRES_S", self.url_expires_s, 60, 7 * 24 * 3600)
+        _within("UPLOAD_TIMEOUT_S", self.upload_timeout_s, 1, 24 * 3600)
+        _within("DOWNLOAD_TIMEOUT_S", self.download_timeout_s, 1, 3600)
+        _within("JOB_TIMEOUT_S", self.job_timeout_s, 1, math.inf)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
@@ -50,7 +58,9 @@ class Settings:
         return cls(**values)
 
 
-def _typed(name: str, text: str, kind: type) -> str | float | int | Path:
+def _typed(name: str, text: str, kind: type) -> str | float | int | Path | tuple[str, ...]:
+    if kind == tuple[str, ...]:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     if kind not in (float, int, Path):
         return text
     try:

@@ -9,14 +9,19 @@ from statistics import median
 class JobTimer:
     """Seconds by stage and by step.
 
-    `wait` runs before the clock is read (a GPU works on after its call returns); `clock` gives seconds.
+    `wait` runs before the clock is read (a GPU works on after its call returns); `clock` gives seconds;
+    `on_stage` is told the name and seconds of each stage that ends.
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, wait: Callable[[], None] = lambda: None
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        wait: Callable[[], None] = lambda: None,
+        on_stage: Callable[[str, float], None] = lambda name, seconds: None,
     ) -> None:
         self._clock = clock
         self._wait = wait
+        self._on_stage = on_stage
         self._started = clock()
         self._spans: dict[str, float] = {}
         self._step_started = 0.0
@@ -27,6 +32,10 @@ class JobTimer:
         """Forget sections and steps of an attempt that failed; stages and the total go on counting."""
         self.steps, self.sections = [], []
 
+    def drop_sections(self, keep: int) -> None:
+        """Forget all sections but the first `keep`: what came after them is not in the video."""
+        del self.sections[keep:]
+
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Add the time of the block to stage `name`."""
@@ -34,7 +43,9 @@ class JobTimer:
         try:
             yield
         finally:
-            self._spans[name] = self._spans.get(name, 0.0) + self._now() - started
+            seconds = self._now() - started
+            self._spans[name] = self._spans.get(name, 0.0) + seconds
+            self._on_stage(name, seconds)
 
     @contextmanager
     def section_span(self, name: str) -> Iterator[None]:
@@ -43,7 +54,9 @@ class JobTimer:
         try:
             yield
         finally:
-            self.sections[-1][name] = round(self._now() - started, 4)
+            seconds = self._now() - started
+            self.sections[-1][name] = round(seconds, 4)
+            self._on_stage(f"section {len(self.sections)} {name}", seconds)
 
     def start_section(self) -> None:
         self.sections.append({})

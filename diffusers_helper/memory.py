@@ -60,6 +60,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_gpu_failure(error: BaseException) -> bool:
+    """Any other CUDA error: the context is lost, and only a new process has a new one."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
 def weight_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
 

@@ -1,5 +1,7 @@
 """Pixels ↔ latents through AutoencoderKLHunyuanVideo (8× in space, 4× in time, 16 channels)."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
@@ -25,17 +27,24 @@ def encode_image(
 
 @torch.no_grad()
 def decode_latents(
-    latents: torch.Tensor, vae: AutoencoderKLHunyuanVideo, device: torch.device, tiled: bool = False
+    latents: torch.Tensor,
+    vae: AutoencoderKLHunyuanVideo,
+    device: torch.device,
+    tiled: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """(1, 16, T, h, w) → pixels (1, 3, 4T − 3, 8h, 8w) in −1…1 on the CPU, in the VAE's dtype.
 
     `tiled` decodes 256-pixel tiles and blends them at their seams: less memory, slightly other pixels.
+    `check` runs before each of the decoder's calls, one for every few latent frames, and may raise to stop.
     """
     latents = latents / vae.config.scaling_factor
     vae.use_tiling = tiled
+    hook = vae.decoder.register_forward_pre_hook(lambda *_: check())
     try:
         return vae.decode(latents.to(device, vae.dtype), return_dict=False)[0].cpu()
     finally:
+        hook.remove()
         vae.use_tiling = False  # the next job's image is encoded whole
 
 

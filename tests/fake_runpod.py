@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -82,11 +82,13 @@ def run_handler(
 class HandlerProcess:
     """A running handler.py; stdout and stderr go to one file, so that their order is known."""
 
-    def __init__(self, arguments: list[str], variables: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, arguments: list[str], variables: dict[str, str], log: Path, program: tuple[str, ...]
+    ) -> None:
         self._log = log
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "handler.py", *arguments],
+                [sys.executable, *program, *arguments],
                 cwd=ROOT,
                 env=environment(**variables),
                 stdin=subprocess.DEVNULL,
@@ -94,6 +96,10 @@ class HandlerProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def log(self) -> str:
@@ -130,8 +136,10 @@ class HandlerProcess:
 
 
 @contextmanager
-def running_handler(log: Path, *arguments: str, **variables: str) -> Iterator[HandlerProcess]:
-    process = HandlerProcess([*arguments], variables, log)
+def running_handler(
+    log: Path, *arguments: str, program: tuple[str, ...] = ("handler.py",), **variables: str
+) -> Iterator[HandlerProcess]:
+    process = HandlerProcess([*arguments], variables, log, program)
     try:
         yield process
     finally:
@@ -160,6 +168,11 @@ class FakeRunPod(ThreadingHTTPServer):
         self._jobs: deque[dict] = deque()
         self._stops: deque[str] = deque()
         self._closing = False
+        self.take_delay = 0.0  # seconds that a job waits here before the worker gets it
+        # what becomes of a job's next result posts, by its id: a status, "drop" (the connection, the result
+        # thrown away) or "lose" (the connection, the result kept); then they are taken as usual
+        self.result_faults: defaultdict[str, deque[int | str]] = defaultdict(deque)
+        self.progress_fault: int | str | None = None  # likewise, of every progress post
         self.asked_for_jobs = False
         self.taken: list[str] = []
         self.posts: list[Post] = []
@@ -209,7 +222,8 @@ class FakeRunPod(ThreadingHTTPServer):
                 return None
             job = self._jobs.popleft()
             self.taken.append(job["id"])
-            return job
+        time.sleep(self.take_delay)
+        return job
 
     def take_stops(self) -> dict | None:
         with self._changed:
@@ -217,6 +231,17 @@ class FakeRunPod(ThreadingHTTPServer):
             stops = [*self._stops]
             self._stops.clear()
             return {"jobsToStop": stops} if stops else None
+
+    def fault_of(self, job_id: str, body: dict) -> int | str | None:
+        with self._changed:
+            if body.get("status") == "IN_PROGRESS":
+                return self.progress_fault
+            faults = self.result_faults[job_id]
+            return faults.popleft() if faults else None
+
+    def finals(self, job_id: str) -> list[dict]:
+        """Every result that was taken; more than one only where one was lost on its way."""
+        return [post.body for post in self.posts_of(job_id) if post.is_final]
 
     def keep(self, job_id: str, body: dict) -> None:
         with self._changed:
@@ -252,9 +277,14 @@ class _Request(BaseHTTPRequestHandler):
         if kind != "job-done":
             self._reply(404, None)
             return
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.keep(job_id, json.loads(body))
-        self._reply(200, {})
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        fault = self.server.fault_of(job_id, body)
+        if fault in (None, "lose"):
+            self.server.keep(job_id, body)
+        if isinstance(fault, str):
+            self.close_connection = True
+        else:
+            self._reply(fault or 200, {})
 
     def _path(self) -> list[str]:
         return urlsplit(self.path).path.strip("/").split("/")

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import itertools
 import json
 import math
 import struct
@@ -49,7 +50,12 @@ REFUSED = {
     "not an image": {
         "text that is not base64": (quick_input(input_image="not base64!"), "invalid_image", "base64"),
         "base64 of a text": (image(b"Once upon a time."), "invalid_image", "PNG, JPEG or WebP"),
-        "a URL": (quick_input(input_image="https://example.com/cat.png"), "invalid_image", "base64"),
+        "a URL of this machine": (
+            quick_input(input_image="https://127.0.0.1/cat.png"),
+            "url_refused",
+            "127.0.0.1",
+        ),
+        "an http URL": (quick_input(input_image="http://example.com/cat.png"), "url_refused", "https"),
         "a data URI without base64": (
             quick_input(input_image="data:image/svg+xml,%3Csvg/%3E"),
             "invalid_image",
@@ -176,9 +182,12 @@ WORKS = {
 }
 
 
-def run(data, job_id="job-1") -> dict:
-    """One job as RunPod would hand it over; its reply must survive JSON."""
-    reply = asyncio.run(handler.handler({"id": job_id, "input": data}))
+NUMBERS = itertools.count(1000)
+
+
+def run(data, job_id=None) -> dict:
+    """One job as RunPod would hand it over, each with its own id; its reply must survive JSON."""
+    reply = asyncio.run(handler.handler({"id": job_id or f"job-{next(NUMBERS)}", "input": data}))
     return json.loads(json.dumps(reply, allow_nan=False))
 
 
@@ -333,7 +342,7 @@ def test_an_error_after_files_were_written(monkeypatch, assert_well):
 
 
 def test_no_memory_for_an_image(monkeypatch, assert_well):
-    def no_memory(*_):
+    def no_memory(*_, **__):
         raise MemoryError
 
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""handler.py on its own: when progress is sent, and when it must have arrived."""
+"""handler.py and its posts on their own: when progress is sent, and that none follows a result."""
 
 import asyncio
 import subprocess
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import handler
-from core.progress import Progress
+import runpod_posts
+from core.progress import Pace, Progress
+from runpod_posts import RunPodProgress
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,61 +22,172 @@ class Clock:
         return self.now
 
 
-@pytest.fixture
-def progress(monkeypatch):
-    """A RunPodProgress on a clock the test moves, and what it sent."""
+@pytest.fixture(autouse=True)
+def on_runpod(monkeypatch):
     monkeypatch.setenv("RUNPOD_WEBHOOK_POST_OUTPUT", "http://127.0.0.1:9/done?")
-    sent, clock = [], Clock()
-    reporter = handler.RunPodProgress(
-        {"id": "a", "input": {"input_image": "secret"}},
-        send=lambda job, update: sent.append((job, update)),
-        clock=clock,
-    )
-    return reporter, sent, clock
 
 
-def at(stage="sample", step=1):
-    return Progress(sections=2, steps=10).at(stage, section=1, step=step)
+def at(stage="sample", step=1, **values):
+    return Progress(sections=2, steps=10).at(stage, section=1, step=step, **values)
 
 
-def test_updates_are_throttled(progress):
-    reporter, sent, clock = progress
-    for _ in range(10):
-        reporter.report(at())
-        clock.now += 0.5
-    assert len(sent) == 3  # at 0, 2 and 4 s
-    assert sent[0] == ({"id": "a"}, at().as_dict())
+async def let_it_send():
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
-def test_the_last_stage_sends_nothing(progress):
-    reporter, sent, _ = progress
-    reporter.report(at("mp4_encode"))
-    assert sent == []
+def test_updates_are_throttled():
+    async def job():
+        sent, clock = [], Clock()
+
+        async def post(update):
+            sent.append(update)
+
+        progress = RunPodProgress("a", post, clock)
+        for _ in range(10):
+            progress.report(at())
+            await let_it_send()
+            clock.now += 0.5
+        return sent
+
+    sent = asyncio.run(job())
+    assert sent == [at().as_dict()] * 3  # at 0, 2 and 4 s
 
 
-def test_a_fresh_update_delays_the_result_an_old_one_does_not(progress, monkeypatch):
-    reporter, _, clock = progress
-    waits = []
+def test_what_came_too_soon_is_sent_when_it_is_due(monkeypatch):
+    """The last word of a stage that then takes long, in its newest state and once."""
+    monkeypatch.setattr(runpod_posts, "PROGRESS_INTERVAL_S", 0.02)
 
-    async def sleep(seconds):
-        waits.append(seconds)
+    async def job():
+        sent = []
 
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    asyncio.run(reporter.settle())
-    assert waits == []
-    reporter.report(at())
-    clock.now += 0.25
-    asyncio.run(reporter.settle())
-    clock.now += 60
-    asyncio.run(reporter.settle())
-    assert waits == [0.75, 0.0]
+        async def post(update):
+            sent.append((update["stage"], update["step"]))
+
+        progress = RunPodProgress("a", post)
+        for step in (1, 2, 3):
+            progress.report(at(step=step))
+        progress.report(at("decode", step=4, preview=lambda: "never made"))
+        await asyncio.sleep(0.1)
+        return sent
+
+    assert asyncio.run(job()) == [("sample", 1), ("decode", 4)]
+
+
+def test_previews_are_made_only_for_what_is_sent():
+    made = []
+
+    async def job():
+        async def post(update):
+            assert update["preview"] == "jpeg"
+
+        progress = RunPodProgress("a", post, Clock())
+        for _ in range(10):
+            progress.report(at(preview=lambda: made.append(1) or "jpeg"))
+        await let_it_send()
+
+    asyncio.run(job())
+    assert made == [1]
+
+
+def test_the_result_waits_for_the_update_under_way():
+    async def job():
+        arrived, gate = [], asyncio.Event()
+
+        async def post(update):
+            await gate.wait()
+            arrived.append(update)
+
+        progress = RunPodProgress("a", post, Clock())
+        progress.report(at())
+        await let_it_send()
+        settling = asyncio.create_task(progress.settle())
+        await let_it_send()
+        assert not settling.done() and not arrived
+        gate.set()
+        await settling
+        return arrived
+
+    assert len(asyncio.run(job())) == 1
+
+
+def test_an_update_that_hangs_is_dropped_and_none_follows(monkeypatch):
+    monkeypatch.setattr(runpod_posts, "PROGRESS_PATIENCE_S", 0.01)
+
+    async def job():
+        ends = []
+
+        async def post(update):
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                ends.append("dropped")
+                raise
+
+        clock = Clock()
+        progress = RunPodProgress("a", post, clock)
+        progress.report(at())
+        await let_it_send()
+        await progress.settle()
+        clock.now += 60
+        progress.report(at())
+        await let_it_send()
+        return ends
+
+    assert asyncio.run(job()) == ["dropped"]
+
+
+def test_an_update_that_fails_is_no_fault_of_the_job():
+    async def job():
+        async def post(update):
+            raise OSError("no route")
+
+        progress = RunPodProgress("a", post, Clock())
+        progress.report(at())
+        await let_it_send()
+        await progress.settle()
+
+    asyncio.run(job())
 
 
 def test_outside_runpod_nothing_is_sent(monkeypatch):
-    monkeypatch.delenv("RUNPOD_WEBHOOK_POST_OUTPUT", raising=False)
+    monkeypatch.delenv("RUNPOD_WEBHOOK_POST_OUTPUT")
     sent = []
-    handler.RunPodProgress({"id": "a"}, send=lambda *update: sent.append(update)).report(at())
+
+    async def job():
+        async def post(update):
+            sent.append(update)
+
+        RunPodProgress("a", post).report(at())
+        await let_it_send()
+
+    asyncio.run(job())
     assert sent == []
+
+
+def test_seconds_left_follow_the_pace():
+    clock = Clock()
+    pace = Pace(20, clock)
+    assert pace.left(0) is None
+    clock.now += 10
+    assert pace.left(5) == 30.0
+    clock.now += 10
+    assert pace.left(20) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("job", "expected"),
+    [
+        ({"input": {"prompt": "x"}, "s3Config": {"a": 1}}, {"prompt": "x", "s3Config": {"a": 1}}),
+        ({"input": {"s3_config": {"b": 2}}, "s3Config": {"a": 1}}, {"s3_config": {"b": 2}}),
+        ({"input": {"s3Config": {"b": 2}}, "s3Config": {"a": 1}}, {"s3Config": {"b": 2}}),
+        ({"input": {"prompt": "x"}, "s3Config": None}, {"prompt": "x"}),
+        ({"input": ["x"], "s3Config": {"a": 1}}, ["x"]),
+        ({}, None),
+    ],
+)
+def test_the_bucket_beside_the_input_is_used(job, expected):
+    assert handler._input_of(job) == expected
 
 
 def test_importing_loads_nothing():

@@ -26,8 +26,19 @@ DEFAULTS = {
     "use_teacache": True,
     "mp4_crf": 16,
     "output": "auto",
+    "s3_config": None,
+    "timeout_s": None,
+    "partial": False,
+    "preview": False,
     "model": None,
     "resolution": None,
+}
+
+BUCKET = {
+    "accessId": "an-id",
+    "accessSecret": "a-secret",
+    "bucketName": "videos",
+    "endpointUrl": "https://s3.example.com",
 }
 
 # alias: its field, and a value other than the default
@@ -36,6 +47,7 @@ EXPECTED_ALIASES = {
     "image_b64": ("input_image", "aW1hZ2U="),
     "image_base64": ("input_image", "aW1hZ2U="),
     "input_image_b64": ("input_image", "aW1hZ2U="),
+    "image_url": ("input_image", "https://example.com/cat.png"),
     "negative_prompt": ("n_prompt", "blurry"),
     "duration": ("total_second_length", 3.0),
     "duration_s": ("total_second_length", 3.0),
@@ -46,6 +58,7 @@ EXPECTED_ALIASES = {
     "guidance_scale": ("gs", 2.0),
     "distilled_cfg_scale": ("gs", 2.0),
     "cfg_rescale": ("rs", 0.5),
+    "s3Config": ("s3_config", BUCKET),
 }
 
 WHOLE_BOUNDS = {
@@ -61,6 +74,7 @@ REAL_BOUNDS = {
     "gs": (1, 32),
     "rs": (0, 1),
     "gpu_memory_preservation": (0, 128),
+    "timeout_s": (1, 86_400),
 }
 NUMBERS = [*WHOLE_BOUNDS, *REAL_BOUNDS]
 TEXTS = ["input_image", "prompt", "n_prompt"]
@@ -82,7 +96,13 @@ def refusal(data) -> str:
     assert sentence.endswith(".")
     assert len(sentence) < 400
     assert sentence.encode("utf-8").decode("utf-8") == sentence
-    for foreign in ("Input should", "validation error", "Value error", "http", "pydantic", "Traceback"):
+    for foreign in (
+        "Input should",
+        "validation error",
+        "Value error",
+        "pydantic",
+        "Traceback",
+    ):
         assert foreign not in sentence
     return sentence
 
@@ -115,7 +135,7 @@ def test_alias(alias):
     name, value = EXPECTED_ALIASES[alias]
     data = {key: other for key, other in REQUIRED.items() if key != name} | {alias: value}
     request = parse_request(data)
-    assert getattr(request, name) == value
+    assert request.model_dump(exclude_unset=True)[name] == value
     assert name in request.model_fields_set
 
 
@@ -258,7 +278,10 @@ def test_use_teacache_must_be_a_boolean(value):
     assert refused(use_teacache=value).startswith("`use_teacache` must be true or false (got ")
 
 
-@pytest.mark.parametrize("name", [name for name in DEFAULTS if name not in ("seed", "model", "resolution")])
+NULLABLE = ("seed", "model", "resolution", "timeout_s", "s3_config")
+
+
+@pytest.mark.parametrize("name", [name for name in DEFAULTS if name not in NULLABLE])
 def test_null_is_no_value_elsewhere(name):
     assert refused(**{name: None}).endswith("(got null).")
 
@@ -387,3 +410,68 @@ def test_a_value_with_line_breaks_stays_on_one_line(name, value):
 def test_long_values_in_every_field_at_once():
     data = {name: "A" * 10_000 for name in [*NUMBERS, "use_teacache", "model", "n_prompt"]}
     assert "A" * 50 not in refused(**data)
+
+
+class TestBucket:
+    """`s3Config`, with RunPod's names inside; whatever is wrong with it, no value of it is shown."""
+
+    @pytest.mark.parametrize("name", BUCKET)
+    def test_each_part_is_required(self, name):
+        rest = {key: value for key, value in BUCKET.items() if key != name}
+        assert refused(s3Config=rest) == f"`s3_config.{name}` is required."
+
+    def test_the_rest_is_optional(self):
+        request = accepted(s3Config=BUCKET | {"region": "eu-1", "sessionToken": "token", "prefix": "a/b"})
+        assert request.s3_config.region == "eu-1"
+        assert accepted(s3Config=BUCKET).s3_config.prefix == ""
+
+    @pytest.mark.parametrize(
+        "endpoint",
+        [
+            "http://s3.example.com",
+            "s3.example.com",
+            "https://",
+            "https://user:secret@s3.example.com",
+            "https://s3.example.com/path",
+            "https://s3.example.com?x=1",
+            "https://s3.example.com#x",
+            "https://s3.example.com\n",
+            "https://a b",
+            "ftp://s3.example.com",
+            "https://evil\\@s3.example.com",
+        ],
+    )
+    def test_an_endpoint_is_https_and_a_host(self, endpoint):
+        assert refused(s3Config=BUCKET | {"endpointUrl": endpoint}).startswith("`s3_config.endpointUrl` must")
+
+    @pytest.mark.parametrize("bucket", ["../other", "a/b", "", "x", "-x", "a" * 300, "bucket\n", "b cket"])
+    def test_a_bucket_is_a_name(self, bucket):
+        assert refused(s3Config=BUCKET | {"bucketName": bucket}).startswith("`s3_config.bucketName`")
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"accessSecret": ["hidden"]},
+            {"accessSecret": "hidden" * 100},
+            {"accessSecret": "hidden\ud800"},
+            {"accessId": 12345},
+            {"region": "hidden region"},
+            {"hidden": "hidden"},
+        ],
+    )
+    def test_no_value_is_shown(self, wrong):
+        sentence = refused(s3Config=BUCKET | wrong)
+        assert "12345" not in sentence and "a-secret" not in sentence
+        assert "hidden" not in sentence.replace("`s3_config.hidden`", "")
+
+    @pytest.mark.parametrize("wrong", ["a-secret", ["a-secret"], 5, True])
+    def test_it_is_an_object(self, wrong):
+        assert refused(s3Config=wrong).startswith("`s3_config` must be an object (got ")
+        assert "a-secret" not in refused(s3Config=wrong)
+
+    def test_null_is_none(self):
+        assert accepted(s3Config=None).s3_config is None
+
+    def test_it_is_not_printed(self):
+        assert "a-secret" not in repr(accepted(s3Config=BUCKET))
+        assert "a-secret" not in repr(accepted(s3Config=BUCKET).s3_config)

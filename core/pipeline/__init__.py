@@ -4,23 +4,29 @@ models = initialize_models()
 video = generate_video_sync(models, image, request, "out.mp4")
 """
 
+import base64
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from core.deadline import Deadline
+from core.errors import TimeLimitError, VideoEncodingError
 from core.pipeline.conditioning import encode_conditioning
 from core.pipeline.decoding import VideoDecoder
 from core.pipeline.models import Models, initialize_models
 from core.pipeline.sampling import SampledSection, sample_sections
 from core.pipeline.sections import FPS, Section, SectionPlan, plan_sections
-from core.progress import Progress
+from core.progress import Pace, Progress
 from core.request import VideoRequest
 from core.timing import JobTimer
 from core.video import save_bcthw_as_mp4
 from diffusers_helper.buckets import nearest_bucket, resize_and_center_crop
+from diffusers_helper.preview import LatentPreview
 
 __all__ = ["GeneratedVideo", "Models", "generate_video_sync", "initialize_models"]
 
@@ -34,6 +40,7 @@ class GeneratedVideo:
     height: int
     frames: int
     plan: SectionPlan
+    sections: int  # finished; fewer than planned only where the time ran out and `partial` was asked
     tiled_decode: bool
     warnings: tuple[str, ...]
 
@@ -48,28 +55,39 @@ def generate_video_sync(
     timer: JobTimer | None = None,
     report: Report = lambda progress: None,
     check_cancelled: Callable[[], None] = lambda: None,
+    deadline: Deadline | None = None,
     on_section: Callable[[SampledSection], None] = lambda sampled: None,
     frugal: bool = False,
+    spare_filename: Callable[[], Path] | None = None,
 ) -> GeneratedVideo:
     """Animate `input_image` (H, W, 3) uint8 as `request` asks and write the MP4 to `output_filename`.
 
     `seed` replaces the request's (which may ask for a drawn one). `check_cancelled` runs after every stage
     and step and may raise to stop; `report` is told where the job stands; `on_section` sees each section's
     latents; `frugal` spends time for memory (no transformer block kept on the GPU in swap mode, a tiled VAE).
+    Encoding that fails is tried once more, at `spare_filename()`. Once `deadline` has passed no further step
+    or decode starts: TimeLimitError, or where the request says `partial` the sections finished by then.
     Reproduces the official `worker`, except that the start latent follows from the seed.
     """
     seed = request.seed if seed is None else seed
     timer = timer or JobTimer()
+    deadline = deadline or Deadline()
     direction = request.model or models.profile.direction
     plan = plan_sections(request.total_second_length, request.latent_window_size, direction)
     progress = Progress(sections=len(plan.sections), steps=request.steps)
+    pace = Pace(len(plan.sections) * request.steps)
 
-    def stage(name: str, **position: int) -> None:
+    def check() -> None:
         check_cancelled()
-        report(progress.at(name, **position))
+        deadline.check()
 
-    def on_step(section: Section, step: int) -> None:
-        stage("sample", section=section.index + 1, step=step)
+    def stage(name: str, section: int = 0, step: int = 0, **values: Any) -> None:
+        check()
+        now = progress.at(name, section, step, **values)
+        report(replace(now, seconds_left=pace.left(now.steps_done)) if section else now)
+
+    def on_step(section: Section, step: int, x0: torch.Tensor) -> None:
+        stage("sample", section.index + 1, step, preview=preview_of(x0))
 
     resolution = request.resolution or models.profile.resolution
     height, width = nearest_bucket(*input_image.shape[:2], resolution)
@@ -77,26 +95,56 @@ def generate_video_sync(
 
     stage("encode")
     conditioning = encode_conditioning(models, image, request, seed, timer)
+    preview_of = _previews(conditioning.start_latent, image) if request.preview else lambda x0: None
 
     decoder = VideoDecoder(models, plan, timer, force_tiling=frugal)
-    stage("sample", section=1)
     preserved_gb = math.inf if frugal else request.gpu_memory_preservation
-    for sampled in sample_sections(
-        models, plan, conditioning, request, seed, timer, on_step, preserved_gb=preserved_gb
-    ):
-        on_section(sampled)
-        stage("decode", section=sampled.section.index + 1, step=request.steps)
-        decoder.add(sampled.to_decode)
+    try:
+        stage("sample", section=1)
+        for sampled in sample_sections(
+            models, plan, conditioning, request, seed, timer, on_step, preserved_gb=preserved_gb
+        ):
+            on_section(sampled)
+            stage("decode", sampled.section.index + 1, request.steps, preview=preview_of(sampled.latents))
+            decoder.add(sampled.to_decode, check)
+    except TimeLimitError as error:
+        if not (request.partial and decoder.sections):
+            raise _with_sections(error, decoder.sections, plan) from None
+        timer.drop_sections(decoder.sections)
 
-    stage("mp4_encode", section=len(plan.sections), step=request.steps)
+    def finished_clips() -> Iterator[torch.Tensor]:
+        for clip in decoder.clips():
+            check_cancelled()
+            yield clip
+
+    report(progress.at("mp4_encode", section=decoder.sections, step=request.steps))
     with timer.span("mp4_encode"):
-        frames = save_bcthw_as_mp4(decoder.clips(), output_filename, FPS, request.mp4_crf)
+        path = Path(output_filename)
+        try:
+            frames = save_bcthw_as_mp4(finished_clips(), path, FPS, request.mp4_crf)
+        except VideoEncodingError:
+            path = spare_filename() if spare_filename else path
+            frames = save_bcthw_as_mp4(finished_clips(), path, FPS, request.mp4_crf)
     return GeneratedVideo(
-        path=Path(output_filename),
+        path=path,
         width=width,
         height=height,
         frames=frames,
         plan=plan,
+        sections=decoder.sections,
         tiled_decode=decoder.tiled,
         warnings=conditioning.warnings,
     )
+
+
+def _previews(start_latent: torch.Tensor, image: np.ndarray) -> Callable[[torch.Tensor], Callable[[], str]]:
+    """Latents → what makes a base64 JPEG of them, when it is wanted."""
+    preview = LatentPreview(start_latent, image)
+    return lambda latents: lambda: base64.b64encode(preview.strip(latents)).decode("ascii")
+
+
+def _with_sections(error: TimeLimitError, finished: int, plan: SectionPlan) -> TimeLimitError:
+    """What the caller could have had, or why there was nothing to have."""
+    count = len(plan.sections)
+    hint = "; ask for `partial` to get what is finished" if finished else ""
+    return TimeLimitError(f"{str(error)[:-1]}, with {finished} of {count} sections finished{hint}.")

@@ -1,5 +1,7 @@
 """Section latents → pixels, joined into one video."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 
 from core.pipeline.models import Models
@@ -26,21 +28,26 @@ class VideoDecoder:
         self._force_tiling = force_tiling
         self._joiner = SectionJoiner(plan.overlap)
         self.tiled = False
+        self.sections = 0  # how many are in
 
-    def add(self, latents: torch.Tensor) -> None:
-        """Decode (1, 16, T, h, w), the newest latent frames, and blend them on."""
+    def add(self, latents: torch.Tensor, check: Callable[[], None] = lambda: None) -> None:
+        """Decode (1, 16, T, h, w), the newest latent frames, and blend them on.
+
+        `check` runs now and then and may raise to stop; what was added before stays whole.
+        """
         models = self._models
         with self._timer.section_span("decode"), models.on_device("vae"):
             tiled = self._force_tiling or not self._fits(latents)
             self.tiled |= tiled
-            pixels = decode_latents(latents, models.vae, models.device, tiled)
+            pixels = decode_latents(latents, models.vae, models.device, tiled, check)
             if self._prepends:
                 self._joiner.prepend(pixels)
             else:
                 self._joiner.append(pixels)
+        self.sections += 1
 
-    def clips(self):
-        """The finished video: consecutive uint8 clips (1, 3, T, H, W)."""
+    def clips(self) -> Iterator[torch.Tensor]:
+        """The video so far: consecutive uint8 clips (1, 3, T, H, W)."""
         return self._joiner.clips(prepended=self._prepends)
 
     def _fits(self, latents: torch.Tensor) -> bool:

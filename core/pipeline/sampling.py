@@ -19,7 +19,8 @@ from diffusers_helper.unipc import sample_unipc
 
 TIMESTEPS = 1000.0  # the model's timestep is sigma · 1000, its guidance embedding likewise
 
-OnStep = Callable[[Section, int], None]  # called after each step, 1 … steps; may raise to stop
+# called after each step, 1 … steps, with its x0-prediction; may raise to stop
+OnStep = Callable[[Section, int, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,9 @@ def _sample(
             v = guided_velocity(v, negative, request.cfg, request.rs)
         return x.float() - sigma * v
 
-    def after_step(i: int, _: torch.Tensor) -> None:
+    def after_step(i: int, x0: torch.Tensor) -> None:
         timer.step_done()
-        on_step(section, i + 1)
+        on_step(section, i + 1, x0)
 
     latents = sample_unipc(denoise, noise.to(device), sigmas, after_step)
     timer.sections[-1] |= {
