@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             for store, files in fetch(sources, store_type, root, options.workers):
                 size = sum(file.size for file in files) / GB
-                done = f"{len(files)} files fetched ({size:.1f} GB)" if files else "nothing to fetch"
-                print(f"{store.source}: {done}, all of it is in {store.folder}")
+                done = f"files fetched: {len(files)} ({size:.1f} GB)" if files else "nothing to fetch"
+                print(f"{store.source}: {done}; it is in {store.folder}")
     except WorkerError as error:
         print(error, file=sys.stderr)
         return 1

@@ -34,7 +34,7 @@ class FakeHub:
     listed: list[tuple[str, str]] = field(default_factory=list)  # repository, revision
     served: Counter[str] = field(default_factory=Counter)  # bytes of content
     requests: Counter[str] = field(default_factory=Counter)  # for content
-    tokens: set[tuple[str, str | None]] = field(default_factory=set)  # which server, Authorization
+    tokens: set[tuple[str, str | None]] = field(default_factory=set)  # of all requests: server, Authorization
     # faults; lists are used up from the front
     cut_after: dict[str, list[int]] = field(default_factory=dict)  # the connection drops after so many bytes
     corrupt: set[str] = field(default_factory=set)  # one bit of the content is wrong
@@ -48,7 +48,7 @@ class FakeHub:
 
     def forget(self) -> None:
         """Start counting again."""
-        for log in (self.asked, self.listed, self.served, self.requests):
+        for log in (self.asked, self.listed, self.served, self.requests, self.tokens):
             log.clear()
 
 
@@ -70,6 +70,7 @@ def etag(path: Path) -> str:
 
 class Request(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # header and body are sent apart
     hub: FakeHub
 
     def do_HEAD(self) -> None:
@@ -162,7 +163,7 @@ class HubRequest(Request):
         size, oid = path.stat().st_size, digests(path, path.stat().st_mtime_ns)[1]
         entry = {"type": "file", "path": name, "size": size, "oid": oid}
         if is_lfs(path):
-            entry |= {"lfs": {"oid": etag(path), "size": size, "pointerSize": 134}, "xetHash": "0" * 64}
+            entry["lfs"] = {"oid": etag(path), "size": size, "pointerSize": 134}
         return entry
 
     def answer_file(self, repository: str, revision: str, name: str) -> None:

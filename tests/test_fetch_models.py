@@ -116,6 +116,17 @@ def test_huggingface_hub_knows_what_was_fetched(hub):
     assert hub.content_bytes == 0
 
 
+def test_what_huggingface_hub_fetched_is_not_fetched_again(hub):
+    """Also when it has fetched everything, needed or not."""
+    for source in default_sources():
+        snapshot_download(source.location, revision=source.revision)
+    assert hub.content_bytes > 0
+    hub.forget()
+    assert main([]) == 0
+    assert main(["--verify"]) == 0
+    assert hub.content_bytes == 0
+
+
 def test_a_dropped_connection_is_continued(hub, place):
     arguments, folder_of = place
     hub.cut_after[LARGE] = [5000, 1, 3000]
@@ -130,7 +141,6 @@ def test_a_run_goes_on_where_the_last_one_ended(hub, place, capsys):
     hub.cut_after[LARGE] = [9000, *[0] * fetching.ATTEMPTS]
     assert main(arguments) == 1
     assert "cannot be reached" in one_line(capsys)
-    assert str(I2V) not in {path.name for path in folder_of(I2V).parent.glob("*/config.json")}
     assert hub.served[LARGE] == 9000
     first = hub.served.copy()
     hub.forget()
@@ -291,13 +301,20 @@ def test_a_file_system_without_links_will_do(hub, monkeypatch, tmp_path):
         raise OSError("no links here")
 
     monkeypatch.setattr(Path, "symlink_to", no_links)
+    tokenizers = hub.repositories[HUNYUAN_SOURCE.location]
+    twice = "special_tokens_map.json"  # one content, two names
+    shutil.copy(tokenizers / "tokenizer" / twice, tokenizers / "tokenizer_2" / twice)
     assert main([]) == 0
     hub.forget()
     assert main([]) == 0
     assert hub.content_bytes == 0
     assert main(["--verify"]) == 0
-    folder = Snapshot(I2V, tmp_path / "cache").folder
-    assert files_in(folder) == set(NEEDED[TRANSFORMER])
+    for source in default_sources():
+        assert files_in(Snapshot(source, tmp_path / "cache").folder) == set(NEEDED[source.parts])
+    damaged = Snapshot(I2V, tmp_path / "cache").folder / SHARD
+    damaged.write_bytes(bytes(size(hub, LARGE)))
+    assert main(["--verify"]) == 1  # the hub is asked for the hashes
+    assert not damaged.exists()
 
 
 def test_two_at_once_fetch_everything_once(hub, tmp_path):

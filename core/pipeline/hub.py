@@ -81,6 +81,7 @@ class Snapshot:
 
     def finish(self, files: list[HubFile]) -> None:
         """Show the files, all fetched by now: a snapshot is never seen half done."""
+        digests = [file.digest for file in files]
         for file in files:
             link, content = self.folder / file.path, self.content(file)
             if size_of(link) == file.size:
@@ -90,18 +91,18 @@ class Snapshot:
             try:
                 link.symlink_to(os.path.relpath(content, link.parent))
             except OSError:  # a file system without links
-                content.replace(link)
+                (shutil.copyfile if digests.count(file.digest) > 1 else os.replace)(content, link)
         if self.source.revision is None:
             self._main.parent.mkdir(exist_ok=True)
             self._main.write_text(self.commit, encoding="utf-8")
 
     def known_files(self) -> list[HubFile]:
-        """The files here; their contents' names are their hashes."""
-        return [
-            HubFile(link.relative_to(self.folder).as_posix(), size_of(link), link.readlink().name)
-            for link in sorted(self.folder.rglob("*"))
-            if link.is_symlink()
-        ]
+        """The files here, by the hashes that their contents are named by; none where a file is no link."""
+        links = {path.relative_to(self.folder).as_posix(): path for path in sorted(self.folder.rglob("*"))}
+        links = {name: path for name, path in links.items() if self.source.takes(name)}
+        if not all(path.is_symlink() for path in links.values()):
+            return []
+        return [HubFile(name, size_of(path), path.readlink().name) for name, path in links.items()]
 
     def remove(self, file: HubFile) -> None:
         (self.folder / file.path).unlink(missing_ok=True)

@@ -193,11 +193,11 @@ def _load_weights(loader: type, folder: Path, **options: Any) -> Any:
         **options,
     )
     if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"The model in {folder} lacks {len(missing)} weights, the first {missing[0]}.")
+        raise ModelError(f"The model in {folder} lacks {len(missing)} of its weights, such as {missing[0]}.")
     if mismatched := sorted(info["mismatched_keys"]):
         name, shape, expected = mismatched[0]
         raise ModelError(
-            f"The model in {folder} has {len(mismatched)} weights of the wrong shape, the first {name}: "
+            f"The model in {folder} has {len(mismatched)} of its weights in the wrong shape, such as {name}: "
             f"{tuple(shape)} instead of {tuple(expected)}."
         )
     return model.eval().requires_grad_(False)
