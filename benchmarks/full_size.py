@@ -29,7 +29,7 @@ import core.job
 import handler
 from core.pipeline import Models, generate_video_sync
 from core.pipeline.models import MODULES
-from core.pipeline.profiles import ModelProfile, Source
+from core.pipeline.profiles import HUNYUAN, REDUX, TRANSFORMER, ModelProfile, Source
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import plan_sections
 from core.worker import Worker
@@ -44,9 +44,9 @@ def profile_of(folder: Path) -> ModelProfile:
     return ModelProfile(
         name="full-size",
         direction="i2v",
-        transformers={"i2v": Source(str(folder / "framepack")), "f1": Source(str(folder / "framepack"))},
-        hunyuan=Source(str(folder / "hunyuan")),
-        redux=Source(str(folder / "redux")),
+        transformers=dict.fromkeys(("i2v", "f1"), Source(str(folder / "framepack"), TRANSFORMER)),
+        hunyuan=Source(str(folder / "hunyuan"), HUNYUAN),
+        redux=Source(str(folder / "redux"), REDUX),
         resolution=640,
     )
 

@@ -10,6 +10,7 @@ from core.errors import SettingsError
 
 MEMORY_MODES = ("auto", "resident", "swap")
 PROFILES = ("framepack", "framepack-f1", "demo")
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Settings:
     framepack_f1_model: str | None = None  # FRAMEPACK_F1_MODEL: the F1 transformer, at the root
     hunyuan_model: str | None = None  # HUNYUAN_MODEL: tokenizer(_2)/ text_encoder(_2)/ vae/
     redux_model: str | None = None  # REDUX_MODEL: feature_extractor/ image_encoder/
+    baked_models_dir: Path = Path("/models")  # BAKED_MODELS_DIR: as `builder.fetch_models --to` fills it
+    allow_download: bool = True  # ALLOW_DOWNLOAD: of models that are nowhere on this machine
     output_dir: Path = Path("outputs")  # OUTPUT_DIR: where a local run leaves its MP4
     inline_limit_mb: float = 7.0  # INLINE_LIMIT_MB: largest MP4 returned as base64, which adds a third
     bucket_name: str | None = None  # BUCKET_NAME: object storage for larger ones; unset: none
@@ -58,9 +61,12 @@ class Settings:
         return cls(**values)
 
 
-def _typed(name: str, text: str, kind: type) -> str | float | int | Path | tuple[str, ...]:
+def _typed(name: str, text: str, kind: type) -> str | float | int | bool | Path | tuple[str, ...]:
     if kind == tuple[str, ...]:
         return tuple(part.strip() for part in text.split(",") if part.strip())
+    if kind is bool:
+        _one_of(name, text.lower(), tuple(BOOLEANS))
+        return BOOLEANS[text.lower()]
     if kind not in (float, int, Path):
         return text
     try:

@@ -10,7 +10,7 @@ from core.pipeline.profiles import load_profile
 from core.settings import Settings
 from tests.conftest import DEMO
 from tests.fake_hub import fake_hub
-from tests.fake_runpod import environment
+from tests.fake_runpod import environment, run_handler
 
 ROOT = Path(__file__).parents[1]
 LOAD = "from core.pipeline import initialize_models; m = initialize_models(); m.use_direction('f1')"
@@ -51,26 +51,29 @@ def test_models_come_from_the_hub_at_their_pinned_revisions_and_only_once(hub, t
         s.location: s.revision for s in [*profile.transformers.values(), profile.hunyuan, profile.redux]
     }
     asked = {(repository, revision) for repository, revision, _ in hub.asked}
-    assert asked == set(pinned.items())
+    assert asked == set(hub.listed) == set(pinned.items())
 
-    offline = load(hub, tmp_path, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
-    assert offline.returncode == 0, offline.stderr[-2000:]
+    hub.forget()
+    again = load(hub, tmp_path)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert not hub.tokens  # not a single request, though it may ask
+
+
+def start_up_error(hub, tmp_path, **variables: str) -> str:
+    """The one line with which a worker ends that cannot start."""
+    own = {"MODEL_PROFILE": "framepack", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
+    done = run_handler(**{"HF_HUB_OFFLINE": "0"} | own | variables)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "cannot start" in line]
+    return line
 
 
 def test_a_repository_that_is_not_there_is_named_in_one_line(hub, tmp_path):
     hub.repositories.clear()
-    code = "import handler; handler.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment(
-            MODEL_PROFILE="framepack", HF_HUB_OFFLINE="0", HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path)
-        ),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "cannot start" in line]
-    assert "hunyuanvideo-community/HunyuanVideo" in line
+    assert "hunyuanvideo-community/HunyuanVideo" in start_up_error(hub, tmp_path)
+
+
+def test_a_file_that_arrives_damaged_is_named_in_one_line(hub, tmp_path):
+    hub.corrupt = {"hunyuanvideo-community/HunyuanVideo/vae/diffusion_pytorch_model.safetensors"}
+    assert "vae/diffusion_pytorch_model.safetensors" in start_up_error(hub, tmp_path)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from core.errors import ModelError
 from core.pipeline import Models, initialize_models
-from core.pipeline.profiles import Source, load_profile
+from core.pipeline.profiles import TRANSFORMER, Source, load_profile
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import plan_sections
 from core.settings import Settings
@@ -66,6 +68,64 @@ def test_a_missing_weight_is_an_error_not_a_random_one(demo_copy):
     state.pop("proj_out.weight")
     save_file(state, path)
     with pytest.raises(ModelError, match="proj_out"):
+        load(settings)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("framepack", "proj_out.weight"),
+        ("hunyuan/vae", "decoder.conv_in.conv.bias"),
+        ("hunyuan/text_encoder", "layers.0.mlp.up_proj.weight"),
+        ("hunyuan/text_encoder_2", "final_layer_norm.weight"),
+        ("redux/image_encoder", "post_layernorm.weight"),
+    ],
+)
+def test_a_weight_of_the_wrong_shape_is_named_with_both_shapes(demo_copy, part, name):
+    folder, settings = demo_copy
+    (path,) = (folder / part).glob("*.safetensors")
+    state = load_file(path)
+    shape = tuple(state[name].shape)
+    wrong = (shape[0] + 1, *shape[1:])
+    state[name] = torch.zeros(wrong)
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(ModelError) as error:
+        load(settings)
+    sentence = str(error.value)
+    assert str(folder / part) in sentence
+    assert f"1 of its weights in the wrong shape, such as {name}: {wrong} instead of {shape}" in sentence
+    assert "\n" not in sentence
+
+
+def in_shards(part: Path) -> tuple[Path, Path]:
+    """Split the part's weights in two files with an index; returns these."""
+    (whole,) = part.glob("*.safetensors")
+    state = load_file(whole)
+    names = sorted(state)
+    halves = {"00001-of-00002": names[::2], "00002-of-00002": names[1::2]}
+    shards = {key: whole.with_name(f"{whole.stem}-{key}.safetensors") for key in halves}
+    for key, half in halves.items():
+        save_file({name: state[name] for name in half}, shards[key], {"format": "pt"})
+    mapping = {name: shards[key].name for key, half in halves.items() for name in half}
+    index = {"metadata": {"total_size": whole.stat().st_size}, "weight_map": mapping}
+    whole.with_name(f"{whole.name}.index.json").write_text(json.dumps(index))
+    whole.unlink()
+    return tuple(shards.values())
+
+
+@pytest.mark.parametrize("part", ["framepack", "hunyuan/text_encoder"])
+def test_weights_in_shards_are_whole_or_refused(demo_copy, part):
+    folder, settings = demo_copy
+    _, second = in_shards(folder / part)
+    models = load(settings)
+    assert models.transformer is not None
+    content = second.read_bytes()
+    second.write_bytes(content[:-100])
+    with pytest.raises(ModelError, match=f"{second} is damaged or half-written"):
+        load(settings)
+    second.unlink()
+    with pytest.raises(ModelError, match=f"{second} is missing"):
         load(settings)
 
 
@@ -127,9 +187,23 @@ def test_switching_direction_loads_the_other_transformer():
     assert models.direction == "i2v"
 
 
-def test_a_failed_switch_leaves_the_worker_able_to_go_back(tmp_path):
+def test_a_switch_to_nothing_leaves_the_transformer_where_it_is(tmp_path):
     models = load(Settings(model_profile="demo", framepack_f1_model=str(tmp_path / "nothing")))
+    transformer = models.transformer
     with pytest.raises(ModelError, match="nothing"):
+        models.use_direction("f1")
+    assert models.direction == "i2v" and models.transformer is transformer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_failed_switch_leaves_the_worker_able_to_go_back(demo_copy):
+    """Its files are whole, but no F1 transformer can be made of them."""
+    folder, settings = demo_copy
+    state = load_file(folder / "framepack_f1" / WEIGHTS)
+    state.pop("proj_out.weight")
+    save_file(state, folder / "framepack_f1" / WEIGHTS)
+    models = load(replace(settings, framepack_f1_model=str(folder / "framepack_f1")))
+    with pytest.raises(ModelError, match="proj_out"):
         models.use_direction("f1")
     models.use_direction("i2v")
     assert models.direction == "i2v" and models.transformer is not None
@@ -146,15 +220,16 @@ def test_profiles():
     assert load_profile(Settings(model_profile="framepack-f1")).direction == "f1"
     assert load_profile(Settings()).resolution == 640
     own = load_profile(Settings(framepack_model="someone/else"))
-    assert own.transformers["i2v"] == Source("someone/else", None)
+    assert own.transformers["i2v"] == Source("someone/else", TRANSFORMER, None)
+    assert len(own.sources("i2v", "f1")) == 4
     pinned = load_profile(Settings(hunyuan_model="hunyuanvideo-community/HunyuanVideo"))
     assert pinned.hunyuan.revision is not None
 
 
 def test_folders_and_hub_ids_are_told_apart(tmp_path):
-    assert Source(str(tmp_path)).is_folder
-    assert Source("/not/there").is_folder and Source("./not/there").is_folder
-    assert not Source("owner/name").is_folder
+    for location in (str(tmp_path), "/not/there", "./not/there", "~/not/there"):
+        assert Source(location, TRANSFORMER).is_folder
+    assert not Source("owner/name", TRANSFORMER).is_folder
 
 
 def test_sizes_come_from_the_configs():

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from core.errors import ModelError
+from core.pipeline import weights
 from core.pipeline.profiles import Direction, ModelProfile, Source, load_profile
 from core.settings import Settings
 from diffusers_helper import memory
@@ -44,29 +45,40 @@ class Models:
     feature_extractor, image_encoder; `transformer` is the one for `direction`.
     """
 
-    def __init__(self, profile: ModelProfile, device: torch.device, memory_mode: str = "auto") -> None:
-        """Load everything. Raises ModelError naming the source that is missing or broken."""
+    def __init__(
+        self,
+        profile: ModelProfile,
+        device: torch.device,
+        memory_mode: str = "auto",
+        settings: Settings | None = None,
+    ) -> None:
+        """Load everything, from where `settings` have it. Raises ModelError naming what is missing or broken.
+
+        Files are looked for and looked at before the first is loaded.
+        """
         started = time.perf_counter()
         self.profile = profile
         self.device = device
+        self._settings = settings or Settings()
         gpu = device.type == "cuda"
         self.encoder_dtype = torch.float16 if gpu else torch.float32
         self.transformer_dtype = torch.bfloat16 if gpu else torch.float32
 
-        hunyuan, redux = profile.hunyuan, profile.redux
+        hunyuan, redux = self._folder(profile.hunyuan), self._folder(profile.redux)
+        transformer = self._folder(profile.transformers[profile.direction])
         half = self.encoder_dtype
-        self.tokenizer = _load(PreTrainedTokenizerFast, hunyuan, "tokenizer")
-        self.tokenizer_2 = _load(CLIPTokenizer, hunyuan, "tokenizer_2")
-        self.feature_extractor = _load(SiglipImageProcessorPil, redux, "feature_extractor")
-        with _naming(hunyuan, "tokenizer"):
+        self.tokenizer = _load(PreTrainedTokenizerFast, hunyuan / "tokenizer")
+        self.tokenizer_2 = _load(CLIPTokenizer, hunyuan / "tokenizer_2")
+        self.feature_extractor = _load(SiglipImageProcessorPil, redux / "feature_extractor")
+        with _naming(hunyuan / "tokenizer"):
             template_crop(self.tokenizer)
-        self.text_encoder = _load_weights(LlamaModel, hunyuan, "text_encoder", dtype=half)
-        self.text_encoder_2 = _load_weights(CLIPTextModel, hunyuan, "text_encoder_2", dtype=half)
-        self.vae = _load_weights(AutoencoderKLHunyuanVideo, hunyuan, "vae", torch_dtype=half)
+        self.text_encoder = _load_weights(LlamaModel, hunyuan / "text_encoder", dtype=half)
+        self.text_encoder_2 = _load_weights(CLIPTextModel, hunyuan / "text_encoder_2", dtype=half)
+        self.vae = _load_weights(AutoencoderKLHunyuanVideo, hunyuan / "vae", torch_dtype=half)
         attend_framewise(self.vae)
-        self.image_encoder = _load_weights(SiglipVisionModel, redux, "image_encoder", dtype=half)
+        self.image_encoder = _load_weights(SiglipVisionModel, redux / "image_encoder", dtype=half)
         self.direction: Direction = profile.direction
-        self.transformer: FramePackTransformer | None = self._load_transformer(profile.direction)
+        self.transformer: FramePackTransformer | None = self._load_transformer(transformer)
 
         self.memory_mode = ""
         self.set_memory_mode(self._fitting_mode() if memory_mode == "auto" else memory_mode)
@@ -76,11 +88,12 @@ class Models:
         """Have the transformer for `direction`; one is kept, the other is loaded when asked for."""
         if direction == self.direction and self.transformer is not None:
             return
+        folder = self._folder(self.profile.transformers[direction])
         if self.transformer is not None:
             memory.forget(self.transformer)
             self.transformer = None
             memory.release_unused_memory(self.device)
-        transformer = self._load_transformer(direction)
+        transformer = self._load_transformer(folder)
         if self.memory_mode == "resident":
             transformer.to(self.device)
         self.transformer, self.direction = transformer, direction
@@ -137,9 +150,14 @@ class Models:
         needed = sum(map(memory.weight_bytes, self._modules())) + RESIDENT_HEADROOM_GB * memory.GB
         return "resident" if memory.free_gpu_memory(self.device) >= needed else "swap"
 
-    def _load_transformer(self, direction: Direction) -> FramePackTransformer:
-        source = self.profile.transformers[direction]
-        model = _load_weights(FramePackTransformer, source, None, torch_dtype=self.transformer_dtype)
+    def _folder(self, source: Source) -> Path:
+        """Where the source's files are, all there and none cut short."""
+        folder = weights.locate(source, self._settings)
+        weights.check_files(folder, source)
+        return folder
+
+    def _load_transformer(self, folder: Path) -> FramePackTransformer:
+        model = _load_weights(FramePackTransformer, folder, torch_dtype=self.transformer_dtype)
         model.output_in_float32()
         return model
 
@@ -150,42 +168,43 @@ def initialize_models(settings: Settings | None = None) -> Models:
     Raises SettingsError or ModelError, each with one sentence.
     """
     settings = settings or Settings.from_env()
-    transformers.utils.logging.disable_progress_bar()  # downloads keep theirs
+    transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-    models = Models(load_profile(settings), torch.device(device), settings.memory_mode)
+    models = Models(load_profile(settings), torch.device(device), settings.memory_mode, settings)
     log.info("%s models loaded in %.1f s (%s)", models.profile.name, models.load_seconds, models.memory_mode)
     return models
 
 
-def _load(loader: type, source: Source, folder: str | None, **options: Any) -> Any:
-    """`loader.from_pretrained` on a source's folder; whatever it raises becomes a ModelError."""
-    if source.is_folder:
-        path = Path(source.location).expanduser() / (folder or "")
-        if not path.is_dir():
-            raise ModelError(f"The model folder {path} does not exist.")
-        with _naming(source, folder):
-            return loader.from_pretrained(path, local_files_only=True, **options)
-    with _naming(source, folder):
-        return loader.from_pretrained(
-            source.location, subfolder=folder or "", revision=source.revision, **options
+def _load(loader: type, folder: Path, **options: Any) -> Any:
+    """`loader.from_pretrained` on a folder; whatever it raises becomes a ModelError."""
+    with _naming(folder):
+        return loader.from_pretrained(folder, local_files_only=True, **options)
+
+
+def _load_weights(loader: type, folder: Path, **options: Any) -> Any:
+    """As `_load`, for a module: frozen, in eval mode, and refused when a weight is missing or misshapen."""
+    model, info = _load(
+        loader,
+        folder,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+        **options,
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"The model in {folder} lacks {len(missing)} of its weights, such as {missing[0]}.")
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, shape, expected = mismatched[0]
+        raise ModelError(
+            f"The model in {folder} has {len(mismatched)} of its weights in the wrong shape, such as {name}: "
+            f"{tuple(shape)} instead of {tuple(expected)}."
         )
-
-
-def _load_weights(loader: type, source: Source, folder: str | None, **options: Any) -> Any:
-    """As `_load`, for a module: frozen, in eval mode, and refused when a weight is missing."""
-    model, info = _load(loader, source, folder, output_loading_info=True, **options)
-    for fault in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if found := list(info.get(fault) or []):
-            raise ModelError(
-                f"The model {_name(source, folder)} is broken: {len(found)} {fault.replace('_', ' ')}, "
-                f"the first {found[0]}."
-            )
     return model.eval().requires_grad_(False)
 
 
 @contextmanager
-def _naming(source: Source, folder: str | None) -> Iterator[None]:
+def _naming(folder: Path) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError:
@@ -194,8 +213,4 @@ def _naming(source: Source, folder: str | None) -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if len(reason) > 300:
             reason = f"{reason[:297]}..."
-        raise ModelError(f"The model {_name(source, folder)} could not be loaded: {reason}") from error
-
-
-def _name(source: Source, folder: str | None) -> str:
-    return f"{source}/{folder}" if folder else str(source)
+        raise ModelError(f"The model in {folder} could not be loaded: {reason}") from error

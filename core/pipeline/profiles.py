@@ -1,6 +1,7 @@
-"""Which models a profile uses and where they come from."""
+"""Which models a profile uses, where they come from, and which of their files it needs."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,10 +13,51 @@ DEMO_MODELS = Path(__file__).parents[2] / "models" / "demo"
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one loader reads: a folder of a source, "" being its root."""
+
+    folder: str
+    files: tuple[str, ...]  # without these it is not whole
+    checkpoint: str | None = None  # weights: `<checkpoint>.safetensors`, or numbered shards with their index
+
+    def path(self, name: str) -> str:
+        """Of the file `name`, from the source's root."""
+        return f"{self.folder}/{name}" if self.folder else name
+
+    def takes(self, path: str) -> bool:
+        """Whether the hub's file at `path` is of use: no other format's or precision's copy of the weights.
+
+        A part without a checkpoint is small, and taken whole.
+        """
+        folder, _, name = path.rpartition("/")
+        if folder != self.folder:
+            return False
+        if self.checkpoint is None:
+            return re.fullmatch(r"\w[\w.-]*", name) is not None
+        weights = rf"{self.checkpoint}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?"
+        return name in self.files or re.fullmatch(weights, name) is not None
+
+
+TRANSFORMER = (Part("", ("config.json",), "diffusion_pytorch_model"),)
+HUNYUAN = (
+    Part("tokenizer", ("tokenizer.json", "tokenizer_config.json")),
+    Part("tokenizer_2", ("vocab.json", "merges.txt", "tokenizer_config.json")),
+    Part("text_encoder", ("config.json",), "model"),
+    Part("text_encoder_2", ("config.json",), "model"),
+    Part("vae", ("config.json",), "diffusion_pytorch_model"),
+)
+REDUX = (
+    Part("feature_extractor", ("preprocessor_config.json",)),
+    Part("image_encoder", ("config.json",), "model"),
+)
+
+
+@dataclass(frozen=True)
 class Source:
     """A hub id with its pinned revision, or a folder in the hub's layout."""
 
     location: str
+    parts: tuple[Part, ...]
     revision: str | None = None
 
     @property
@@ -23,6 +65,9 @@ class Source:
         """Hub ids are `owner/name`; what exists on disk, or is written as a path, is a folder."""
         path = Path(self.location)
         return path.is_dir() or path.is_absolute() or self.location.startswith((".", "~"))
+
+    def takes(self, path: str) -> bool:
+        return any(part.takes(path) for part in self.parts)
 
     def __str__(self) -> str:
         return self.location
@@ -38,6 +83,10 @@ class ModelProfile:
     hunyuan: Source
     redux: Source
     resolution: int
+
+    def sources(self, *directions: Direction) -> list[Source]:
+        """All that is needed to serve `directions`."""
+        return [self.hunyuan, self.redux, *(self.transformers[direction] for direction in directions)]
 
 
 def load_profile(settings: Settings) -> ModelProfile:
@@ -59,7 +108,9 @@ def load_profile(settings: Settings) -> ModelProfile:
 
 def _chosen(location: str | None, default: Source) -> Source:
     """An explicit location has no pinned revision, unless it is the default's own hub id."""
-    return default if location in (None, default.location) else Source(location)
+    if location in (None, default.location):
+        return default
+    return replace(default, location=location, revision=None)
 
 
 def _framepack(name: str) -> ModelProfile:
@@ -67,13 +118,19 @@ def _framepack(name: str) -> ModelProfile:
         name=name,
         direction="f1" if name == "framepack-f1" else "i2v",
         transformers={
-            "i2v": Source("lllyasviel/FramePackI2V_HY", "86cef4396041b6002c957852daac4c91aaa47c79"),
+            "i2v": Source(
+                "lllyasviel/FramePackI2V_HY", TRANSFORMER, "86cef4396041b6002c957852daac4c91aaa47c79"
+            ),
             "f1": Source(
-                "lllyasviel/FramePack_F1_I2V_HY_20250503", "ab239828e0b384fed75580f186f078717d4020f7"
+                "lllyasviel/FramePack_F1_I2V_HY_20250503",
+                TRANSFORMER,
+                "ab239828e0b384fed75580f186f078717d4020f7",
             ),
         },
-        hunyuan=Source("hunyuanvideo-community/HunyuanVideo", "e8c2aaa66fe3742a32c11a6766aecbf07c56e773"),
-        redux=Source("lllyasviel/flux_redux_bfl", "45b801affc54ff2af4e5daf1b282e0921901db87"),
+        hunyuan=Source(
+            "hunyuanvideo-community/HunyuanVideo", HUNYUAN, "e8c2aaa66fe3742a32c11a6766aecbf07c56e773"
+        ),
+        redux=Source("lllyasviel/flux_redux_bfl", REDUX, "45b801affc54ff2af4e5daf1b282e0921901db87"),
         resolution=640,
     )
 
@@ -83,10 +140,10 @@ def _demo() -> ModelProfile:
         name="demo",
         direction="i2v",
         transformers={
-            "i2v": Source(str(DEMO_MODELS / "framepack")),
-            "f1": Source(str(DEMO_MODELS / "framepack_f1")),
+            "i2v": Source(str(DEMO_MODELS / "framepack"), TRANSFORMER),
+            "f1": Source(str(DEMO_MODELS / "framepack_f1"), TRANSFORMER),
         },
-        hunyuan=Source(str(DEMO_MODELS / "hunyuan")),
-        redux=Source(str(DEMO_MODELS / "redux")),
+        hunyuan=Source(str(DEMO_MODELS / "hunyuan"), HUNYUAN),
+        redux=Source(str(DEMO_MODELS / "redux"), REDUX),
         resolution=256,
     )
