@@ -2,6 +2,7 @@
 
 import ast
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,11 @@ def test_helpers_know_no_request_and_no_environment(path):
 def test_planning_needs_no_torch(name):
     names = imported(ROOT / "core" / "pipeline" / f"{name}.py")
     assert not tops(names) & {"torch", "diffusers", "diffusers_helper"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "client").glob("*.py")), ids=str)
+def test_the_client_needs_only_httpx_and_rich(path):
+    assert tops(imported(path)) <= {"client", "httpx", "rich"} | sys.stdlib_module_names
 
 
 def test_lambda_does_not_need_runpod():

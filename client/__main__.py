@@ -1,0 +1,147 @@
+"""`python -m client IMAGE "PROMPT" -o out.mp4`: submit, follow, save. `--help` tells flags and exit codes."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from client.api import Endpoint, Job, LocalServer
+from client.display import Display
+from client.errors import CancelledError, ClientError, JobError, SaveError, TimedOutError
+from client.interrupt import HeldInterrupt
+from client.options import check_options, default_output, parse_options
+from client.request import build_request
+from client.saving import Download, check_destination, save_preview, save_video
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code."""
+    options = parse_options(arguments)
+    display = Display(options.quiet)
+    try:
+        check_options(options)
+        with display:
+            document, code = run(options, display), 0
+    except (ClientError, KeyboardInterrupt) as caught:
+        error = caught if isinstance(caught, ClientError) else CancelledError("Interrupted.")
+        display.failed(error)
+        document, code = error.as_dict(), error.exit_code
+    if options.json:
+        sys.stdout.write(json.dumps(document) + "\n")
+    elif options.detach and not code:
+        sys.stdout.write(document["id"] + "\n")
+    return code
+
+
+def run(options: argparse.Namespace, display: Display) -> dict:
+    """A job from the command line to its saved video; the reply without the video. Raises ClientError."""
+    path = options.output or default_output(options)
+    if not options.detach:
+        check_destination(path, options.force)
+    if options.preview_file is not None:
+        check_destination(options.preview_file, options.force)
+    if options.local is not None:
+        return deliver(run_locally(options, display), path, options, display)
+
+    endpoint = Endpoint(
+        options.api_url, options.endpoint, options.api_key, options.poll_interval, display.note
+    )
+    job_id = options.resume
+    try:
+        if job_id is None:
+            request = build_request(options)
+            with HeldInterrupt(display.note) as held:
+                job_id = endpoint.submit(request, held.sleep)
+        if options.detach:
+            return {"id": job_id, "status": "IN_QUEUE"}
+        display.note(f"Job {job_id}")
+        job = follow(endpoint, job_id, options, display)
+        return deliver(job, path, options, display)
+    except KeyboardInterrupt as interrupt:
+        if job_id is None:
+            raise CancelledError(str(interrupt) or "Interrupted before there was a job.") from None
+        raise cancelled(endpoint, job_id, display) from None
+    except ClientError as error:
+        error.job_id = job_id
+        raise
+
+
+def run_locally(options: argparse.Namespace, display: Display) -> Job:
+    request = build_request(options)
+    display.stage("running on the local server, which tells no progress")
+    try:
+        job = LocalServer(options.local).run(request, options.wait)
+    except KeyboardInterrupt:
+        raise CancelledError("Interrupted; the local server cannot cancel and finishes the job.") from None
+    display.job(job)
+    return job
+
+
+def follow(endpoint: Endpoint, job_id: str, options: argparse.Namespace, display: Display) -> Job:
+    """The job's final state; on the way there its progress and previews are shown. Raises ClientError."""
+    for job in endpoint.follow(job_id, options.wait):
+        display.job(job)
+        preview = job.output.get("preview") if isinstance(job.output, dict) else None
+        if options.preview_file is not None and isinstance(preview, str):
+            try:
+                save_preview(preview, options.preview_file)
+            except SaveError as error:  # no reason to leave the job
+                display.note(str(error))
+    return job
+
+
+def deliver(job: Job, path: Path, options: argparse.Namespace, display: Display) -> dict:
+    """Save a finished job's video. Raises JobError, TimedOutError, SaveError or CancelledError."""
+    check_completed(job)
+    download = Download(options.poll_interval, display.note, display.received, options.local is not None)
+    try:
+        save_video(job.output, path, options.force, download)
+    except KeyboardInterrupt:
+        raise CancelledError("Interrupted; the job is done.", resumable=True) from None
+    display.saved(path, job)
+    output = {name: value for name, value in job.output.items() if name != "video_base64"}
+    return job.reply | {"output": output, "saved": str(path)}
+
+
+def check_completed(job: Job) -> None:
+    """Raises JobError or TimedOutError with what the worker or RunPod says."""
+    output = job.output if isinstance(job.output, dict) else {}
+    if job.status == "COMPLETED" and "error" not in output:
+        return
+    if job.status == "TIMED_OUT":
+        raise TimedOutError(
+            "RunPod ended the job: it ran over its execution time-out, which --execution-timeout raises, "
+            "or waited too long for a worker."
+        )
+    error = (
+        job.reply.get("error") or output.get("error") or f"RunPod shows it as {job.status} and says no more."
+    )
+    code = output.get("code")
+    details = {name: value for name, value in output.items() if name != "preview"}
+    raise JobError(
+        error if isinstance(error, str) else json.dumps(error),
+        code if isinstance(code, str) else job.status.lower(),
+        details,
+    )
+
+
+def cancelled(endpoint: Endpoint, job_id: str, display: Display) -> CancelledError:
+    """Cancel the remote job, and what became of it; a second Ctrl-C leaves that open."""
+    display.note("Cancelling the job; Ctrl-C again quits at once.")
+    try:
+        job = endpoint.cancel(job_id)
+    except (ClientError, KeyboardInterrupt):
+        job = None
+    if job is None:
+        error = CancelledError("Whether the job is cancelled is not known: it may still run.", resumable=True)
+    elif job.status == "CANCELLED":
+        error = CancelledError("The job is cancelled.")
+    else:
+        error = CancelledError(f"The job had already ended ({job.status}).", resumable=True)
+    error.job_id = job_id
+    return error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The command line → what /run takes: `{"input": {…}, "policy": {…}}`. Bounds are the worker's matter."""
+
+import argparse
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from client.api import MAX_REQUEST_BYTES
+from client.errors import UsageError
+from client.options import FIELDS
+
+MAX_IMAGE_BYTES = 20_000_000  # the worker's limit
+SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
+
+
+def build_request(options: argparse.Namespace) -> bytes:
+    """The body of /run. Raises UsageError."""
+    request = _from_file(options.input_json) if options.input_json else {"input": {}}
+    fields = request["input"]
+    if options.image is not None:
+        fields["input_image"] = _image(options.image)
+    flags = {name: getattr(options, name) for name in ("prompt", *FIELDS)}
+    fields |= {name: value for name, value in flags.items() if value is not None}
+    fields |= dict(_assignment(text) for text in options.set)
+    if options.execution_timeout is not None:
+        policy = _object(request.get("policy", {}), "`policy`")
+        request["policy"] = policy | {"executionTimeout": round(1000 * options.execution_timeout)}
+    try:
+        body = json.dumps(request, allow_nan=False).encode()
+    except ValueError:
+        raise UsageError("The request holds a number that JSON does not know.") from None
+    if len(body) > MAX_REQUEST_BYTES and options.local is None:
+        raise UsageError(
+            f"The request has {len(body) / 1e6:.1f} MB and RunPod takes {MAX_REQUEST_BYTES / 1e6:g} MB, "
+            "which an image of about 7 MB fills; give a smaller one, or an https URL as IMAGE."
+        )
+    return body
+
+
+def _image(source: str) -> str:
+    """base64 of a file; an https URL as it is, for the worker to fetch."""
+    if source.lower().startswith("https://"):
+        return source
+    if "://" in source:
+        raise UsageError("IMAGE must be a file or an https URL.")
+    try:
+        with Path(source).open("rb") as file:
+            data = file.read(MAX_IMAGE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{source} cannot be read ({_reason(error)}).") from None
+    if len(data) > MAX_IMAGE_BYTES:
+        raise UsageError(f"{source} has over {MAX_IMAGE_BYTES / 1e6:g} MB, more than the worker takes.")
+    if not data.startswith(SIGNATURES):
+        raise UsageError(f"{source} is not a PNG, JPEG or WebP.")
+    return base64.b64encode(data).decode()
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    """A file like test_input.json, or one with only what its `input` holds."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({_reason(error)}).") from None
+    content = _object(_parsed(text, str(path)), str(path))
+    if "input" not in content:
+        return {"input": content}
+    return content | {"input": _object(content["input"], f"`input` in {path}")}
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not name or not sign:
+        raise UsageError(f"--set takes NAME=JSON (got {text}).")
+    return name, _parsed(value, f"--set {text}", hint="; a text needs quotes, as in --set 'output=\"url\"'")
+
+
+def _parsed(text: str, source: str, hint: str = "") -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{source} is not valid JSON ({error}){hint}.") from None
+
+
+def _object(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{name} must be a JSON object.")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,180 @@
+"""A finished job's video, base64 or URL → an MP4 file that is whole, or no file at all."""
+
+import base64
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import httpx
+
+from client.api import CONNECT_S, MAX_BACKOFF_S, Note, is_loopback
+from client.errors import SaveError, UsageError
+
+ANSWER_S = 60.0  # from one byte to the next
+ATTEMPTS = 6  # in a row that bring no byte
+RETRIED = (408, 429)
+
+Received = Callable[[int, int | None], None]
+"""Called with the bytes so far and, where it is known, of how many."""
+
+
+def check_destination(path: Path, overwrite: bool) -> None:
+    """Whether a file could be put there, before a job is paid for. Raises UsageError."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder.")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists; --force overwrites it.")
+    try:
+        _part(path).touch(exist_ok=False)
+        _part(path).unlink()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}).") from None
+
+
+def save_video(output: Any, path: Path, overwrite: bool, download: "Download") -> None:
+    """Write the video of a finished job's reply. Raises SaveError; then there is no file."""
+    reply = output if isinstance(output, dict) else {}
+    inline, url = reply.get("video_base64"), reply.get("video_url")
+    with _whole_file(path, overwrite) as file:
+        if isinstance(inline, str):
+            file.write(_decoded(inline, "The video"))
+        elif isinstance(url, str):
+            download(url, file)
+        else:
+            raise SaveError(
+                "The job is done, but its reply holds no video; RunPod drops what is too large for it."
+            )
+        _check_mp4(file)
+
+
+def save_preview(jpeg_base64: str, path: Path) -> None:
+    """Put a preview in the place of the last one. Raises SaveError."""
+    jpeg = _decoded(jpeg_base64, "The preview")
+    if not jpeg.startswith(b"\xff\xd8\xff"):
+        raise SaveError("The preview is not a JPEG.")
+    with _whole_file(path, overwrite=True) as file:
+        file.write(jpeg)
+
+
+class Download:
+    """URL → file, streamed; a dropped connection is taken up where it broke. Knows nothing of the API key."""
+
+    def __init__(self, pause: float, note: Note, received: Received, allow_http: bool) -> None:
+        self._pause = pause
+        self._note = note
+        self._received = received
+        self._allow_http = allow_http
+
+    def __call__(self, url: str, file: BinaryIO) -> None:
+        """Raises SaveError."""
+        failures = 0
+        try:
+            with self._client(url) as http:
+                while True:
+                    before = file.tell()
+                    try:
+                        return self._fetch_rest(http, url, file)
+                    except (httpx.RequestError, _AgainError) as error:
+                        failures = 1 if file.tell() > before else failures + 1
+                        if failures == ATTEMPTS:
+                            raise SaveError(f"The video's download failed {ATTEMPTS} times.") from None
+                        trouble = str(error) if isinstance(error, _AgainError) else "The download broke off."
+                    self._note(f"{trouble} Going on with it.")
+                    time.sleep(min(self._pause * 2 ** (failures - 1), MAX_BACKOFF_S))
+        except httpx.InvalidURL:
+            raise SaveError("The video's URL is not valid.") from None
+
+    def _client(self, url: str) -> httpx.Client:
+        return httpx.Client(
+            headers={"Accept-Encoding": "identity"},  # a range counts the bytes as they are sent
+            timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S),
+            follow_redirects=True,
+            event_hooks={"request": [self._check_scheme]},
+            trust_env=not is_loopback(url),
+        )
+
+    def _check_scheme(self, request: httpx.Request) -> None:
+        """Of every address on the way."""
+        http = self._allow_http or is_loopback(str(request.url))
+        if request.url.scheme != "https" and not (http and request.url.scheme == "http"):
+            raise SaveError("The video's URL is not https; it is not fetched.")
+
+    def _fetch_rest(self, http: httpx.Client, url: str, file: BinaryIO) -> None:
+        start = file.tell()
+        with http.stream("GET", url, headers={"Range": f"bytes={start}-"} if start else {}) as response:
+            status = response.status_code
+            if status in RETRIED or status >= 500:
+                raise _AgainError(f"{response.url.host} answered HTTP {status}.")
+            if status not in (200, 206, 416):
+                raise SaveError(
+                    f"{response.url.host} answered HTTP {status}: the video's URL may have expired."
+                )
+            if not (
+                status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+            ):
+                start = file.seek(0)  # from the first byte, then
+                file.truncate()
+                if status != 200:
+                    raise _AgainError(f"{response.url.host} did not send the rest of the video.")
+            length = response.headers.get("Content-Length", "")
+            total = start + int(length) if length.isdecimal() else None
+            for chunk in response.iter_raw():
+                file.write(chunk)
+                self._received(file.tell(), total)
+
+
+class _AgainError(Exception):
+    """The video's server may do better next time."""
+
+
+@contextmanager
+def _whole_file(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
+    """A file that takes its name only when the block ends well. Raises SaveError."""
+    part = _part(path)
+    try:
+        with part.open("w+b") as file:
+            yield file
+        if path.exists() and not overwrite:
+            raise SaveError(f"{path} has come to exist meanwhile; --force overwrites it.")
+        part.replace(path)
+    except OSError as error:
+        raise SaveError(f"{path} cannot be written ({error.strerror}).") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _decoded(text: str, what: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise SaveError(f"{what} is not valid base64.") from None
+
+
+def _check_mp4(file: BinaryIO) -> None:
+    """Raises SaveError unless the file is a row of whole boxes that holds an index and the pictures."""
+    size = file.seek(0, os.SEEK_END)
+    start, kinds = 0, []
+    while start < size:
+        file.seek(start)
+        header = file.read(16)
+        length, kind = int.from_bytes(header[:4]), header[4:8]
+        if length == 1:  # too long for 32 bits
+            length = int.from_bytes(header[8:16])
+        elif length == 0:  # up to the end
+            length = size - start
+        if not kinds and kind != b"ftyp":
+            break
+        kinds.append(kind)
+        start += max(length, 8)
+    if not kinds:
+        raise SaveError("What came as the video is not an MP4.")
+    if start != size or not {b"moov", b"mdat"} <= {*kinds}:
+        raise SaveError("The video is cut short.")
