@@ -5,6 +5,7 @@ WorkerError                     internal_error
 │   └── ImageError              invalid_image
 │       └── ImageTooLargeError  image_too_large
 ├── SettingsError               invalid_settings
+├── FitnessError                unfit_worker
 ├── ModelError                  model_unavailable
 ├── OutOfMemoryError            out_of_memory       (asks for a fresh worker)
 ├── VideoEncodingError          video_encoding_failed
@@ -50,6 +51,12 @@ class SettingsError(WorkerError):
     """The worker's environment is at fault."""
 
     code = "invalid_settings"
+
+
+class FitnessError(WorkerError):
+    """The machine is at fault: its GPU, ffmpeg or disk."""
+
+    code = "unfit_worker"
 
 
 class ModelError(WorkerError):

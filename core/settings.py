@@ -32,12 +32,14 @@ class Settings:
     bucket_session_token: str | None = field(default=None, repr=False)  # BUCKET_SESSION_TOKEN
     url_expires_s: int = 24 * 3600  # URL_EXPIRES_S: life of a video's URL, 7 days at most
     volume_dir: Path = Path("/runpod-volume")  # VOLUME_DIR: keeps videos that could not be delivered
+    min_free_disk_gb: float = 2.0  # MIN_FREE_DISK_GB: room in the temporary folder, or no job is taken
 
     def __post_init__(self) -> None:
         _one_of("MODEL_PROFILE", self.model_profile, PROFILES)
         _one_of("MEMORY_MODE", self.memory_mode, MEMORY_MODES)
         _within("INLINE_LIMIT_MB", self.inline_limit_mb, 0, 14)  # /runsync takes 20 MB of base64
         _within("URL_EXPIRES_S", self.url_expires_s, 60, 7 * 24 * 3600)
+        _within("MIN_FREE_DISK_GB", self.min_free_disk_gb, 0, 1000)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
