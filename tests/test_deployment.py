@@ -158,6 +158,13 @@ class TestImage:
         assert len(paths) == 4
         assert all(path.startswith(("/tmp/", "/runpod-volume/")) for path in paths)
 
+    def test_every_documented_build_argument_is_one_of_the_dockerfile(self):
+        text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+        text += (ROOT / "Dockerfile").read_text(encoding="utf-8")
+        steps = [step for stage in STAGES.values() for step in stage.instructions]
+        known = ARGUMENTS.keys() | {rest.split("=")[0] for name, rest in steps if name == "ARG"}
+        assert set(re.findall(r"--build-arg (\w+)=", text)) == known
+
 
 def requirement_lines() -> list[str]:
     return [line for line in REQUIREMENTS.splitlines() if line and not line.startswith("#")]
