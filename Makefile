@@ -24,6 +24,7 @@ test: models/demo/.made lint
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint Dockerfile
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m builder.export_schema docs/in_out_spec.md

@@ -8,6 +8,7 @@ WorkerError                        internal_error
 │   └── DownloadError              download_failed
 │       └── DownloadTooLargeError  download_too_large
 ├── SettingsError                  invalid_settings
+├── FitnessError                   unfit_worker
 ├── ModelError                     model_unavailable
 ├── OutOfMemoryError               out_of_memory       (asks for a fresh worker)
 ├── GpuError                       gpu_failed          (asks for a fresh worker)
@@ -71,6 +72,12 @@ class SettingsError(WorkerError):
     """The worker's environment is at fault."""
 
     code = "invalid_settings"
+
+
+class FitnessError(WorkerError):
+    """The machine is at fault: its GPU, ffmpeg or disk."""
+
+    code = "unfit_worker"
 
 
 class ModelError(WorkerError):

@@ -40,6 +40,7 @@ class Settings:
     download_timeout_s: float = 30.0  # DOWNLOAD_TIMEOUT_S: longest download of one input
     job_timeout_s: float = math.inf  # JOB_TIMEOUT_S: most any job may take; unset: no limit
     volume_dir: Path = Path("/runpod-volume")  # VOLUME_DIR: keeps videos that could not be delivered
+    min_free_disk_gb: float = 2.0  # MIN_FREE_DISK_GB: room in the temporary folder, or no job is taken
 
     def __post_init__(self) -> None:
         _one_of("MODEL_PROFILE", self.model_profile, PROFILES)
@@ -49,6 +50,7 @@ class Settings:
         _within("UPLOAD_TIMEOUT_S", self.upload_timeout_s, 1, 24 * 3600)
         _within("DOWNLOAD_TIMEOUT_S", self.download_timeout_s, 1, 3600)
         _within("JOB_TIMEOUT_S", self.job_timeout_s, 1, math.inf)
+        _within("MIN_FREE_DISK_GB", self.min_free_disk_gb, 0, 1000)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
