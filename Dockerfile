@@ -45,14 +45,14 @@ COPY --from=weights /models /models
 
 WORKDIR /worker
 COPY requirements.txt .
-ARG TORCH_INDEX_URL=https://pypi.org/simple
-RUN pip install --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' requirements.txt)"
+ARG TORCH_INDEX_URL
+RUN pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' requirements.txt)"
 RUN pip install -r requirements.txt
 
 COPY builder/__init__.py builder/fetch_models.py builder/
 COPY diffusers_helper/ diffusers_helper/
 COPY core/ core/
-COPY handler.py test_input.json ./
+COPY handler.py runpod_posts.py test_input.json ./
 
 ENV HF_HOME=/runpod-volume/huggingface-cache \
     HF_HUB_DISABLE_TELEMETRY=1 \

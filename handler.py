@@ -26,6 +26,7 @@ from tqdm import tqdm
 from core import logs
 from core.delivery import inlined
 from core.errors import WorkerError
+from core.fitness import run_checks
 from core.progress import Progress
 from core.settings import Settings
 from core.worker import Worker
@@ -119,10 +120,24 @@ def main() -> None:
         if local:
             _check_test_input(given.test_input)
         Settings.from_env()
-        worker.start()
+        if local or given.rp_serve_api:
+            worker.start()
     except WorkerError as error:
         sys.exit(f"The worker cannot start: {error}")
+    # run before any job is taken; RunPod is told the reason when one raises
+    runpod.serverless.register_fitness_check(check_machine)
+    runpod.serverless.register_fitness_check(load_models)
     runpod.serverless.start({"handler": local_handler if local else handler})
+
+
+def check_machine() -> None:
+    """Raises FitnessError when this machine's disk, ffmpeg or GPU will not do."""
+    run_checks(Settings.from_env())
+
+
+def load_models() -> None:
+    """Raises WorkerError when a model is missing or broken."""
+    worker.start()
 
 
 def _check_test_input(text: str | None) -> None:

@@ -41,7 +41,7 @@ FIELD_FLAGS = (
     ("--resolution", "resolution", int, "N", "side of the square whose area the frame has (640)"),
     ("--negative-prompt", "n_prompt", str, "TEXT", "what to avoid, where --cfg is above 1"),
     ("--crf", "mp4_crf", int, "N", "H.264 quality, 0 to 51; lower is better and larger (16)"),
-    ("--timeout", "timeout", float, "S", "the worker's own limit for the job"),
+    ("--timeout", "timeout_s", float, "S", "the worker's own limit for the job"),
 )
 FIELDS = (*(field for _, field, *_ in FIELD_FLAGS), "partial", "preview")
 

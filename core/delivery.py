@@ -161,8 +161,8 @@ class Delivery:
 
     def kept(self, path: Path, job_id: str) -> dict:
         """Where the video was saved on the network volume, if there is one with room."""
-        volume = self.settings.volume_dir
-        if not volume.is_dir():
+        volume = self.settings.volume
+        if volume is None:
             return {}
         kept = volume / "framepack-results" / _file_name(job_id)
         try:

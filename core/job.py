@@ -67,7 +67,7 @@ def run_job(
 
         def spare_mp4() -> Path:
             """Elsewhere than where the encoding failed: on the volume, if there is one."""
-            return temporary_mp4(settings.volume_dir if settings.volume_dir.is_dir() else None)
+            return temporary_mp4(settings.volume)
 
         output_filename = temporary_mp4()
 

@@ -52,6 +52,14 @@ class Settings:
         _within("JOB_TIMEOUT_S", self.job_timeout_s, 1, math.inf)
         _within("MIN_FREE_DISK_GB", self.min_free_disk_gb, 0, 1000)
 
+    @property
+    def volume(self) -> Path | None:
+        """The network volume, if there is one: at its default place only what is mounted, since a cache
+        that was created there would go with the container."""
+        if self.volume_dir == Settings.volume_dir and not self.volume_dir.is_mount():
+            return None
+        return self.volume_dir if self.volume_dir.is_dir() else None
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
         """Read the variables named above; an empty one counts as unset. Raises SettingsError."""

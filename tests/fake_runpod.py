@@ -174,6 +174,7 @@ class FakeRunPod(ThreadingHTTPServer):
         self.result_faults: defaultdict[str, deque[int | str]] = defaultdict(deque)
         self.progress_fault: int | str | None = None  # likewise, of every progress post
         self.asked_for_jobs = False
+        self.pings: list[str] = []  # what was asked with each
         self.taken: list[str] = []
         self.posts: list[Post] = []
 
@@ -265,6 +266,7 @@ class _Request(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         kind = self._path()[2]
         if kind == "ping":
+            self.server.pings.append(self.path)
             self._reply(200, {})
         elif kind in ("job-take", "job-stop"):
             body = self.server.take_job() if kind == "job-take" else self.server.take_stops()

@@ -741,8 +741,7 @@ def test_every_exit_code_is_documented(folder, text):
 
 
 def test_the_flags_are_of_fields_that_the_worker_knows():
-    later = {"timeout", "partial", "preview"}
-    assert {*FIELDS} - later <= VideoRequest.model_fields.keys()
+    assert {*FIELDS} <= VideoRequest.model_fields.keys()
 
 
 # The README's examples

@@ -6,8 +6,11 @@ One worker serves the jobs of all tests here, as a worker does; the last test en
 import json
 import shutil
 import time
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.fake_runpod import (
     BASE64,
@@ -49,10 +52,11 @@ def test_a_job_posts_its_progress_and_then_its_video(runpod, worker):
     assert [post.is_final for post in updates] == [False] * len(updates)
     assert last.is_final
     for update in runpod.progress("good"):
-        assert update.keys() == {"stage", "section", "sections", "step", "steps", "percent"}
-        assert update["stage"] in ("encode", "sample", "decode")
-        assert (update["sections"], update["steps"]) == (1, 100)
-        assert update["percent"] == update["step"]
+        assert update.keys() == {"stage", "section", "sections", "step", "steps", "percent", "seconds_left"}
+        assert update["stage"] in ("input", "encode", "sample", "decode", "mp4_encode", "deliver")
+        if update["stage"] not in ("input", "encode"):
+            assert (update["sections"], update["steps"]) == (1, 100)
+            assert update["percent"] == update["step"]
     assert not BASE64.search(worker.log)
 
 
@@ -99,7 +103,7 @@ def test_a_cancelled_job_makes_room_for_the_next(runpod, worker):
     # the GPU was free before RunPod's loop went on, and only then did the next job start
     ended, stopped, started = (
         worker.log.index(line)
-        for line in ("job cancelled: cancelled:", "cancelled | Job stopped.", "next | Started.")
+        for line in ("cancelled | cancelled: ", "cancelled | Job stopped.", "next | Started.")
     )
     assert ended < stopped < started
 
@@ -118,18 +122,41 @@ def test_sigterm_lets_the_running_job_finish(runpod, worker):
     assert "Traceback" not in worker.log
 
 
-@pytest.mark.parametrize("fault", ["missing", "truncated"])
-def test_a_worker_without_its_models_takes_no_job(tmp_path, fault):
-    hunyuan = tmp_path / "hunyuan"
+def broken_models(folder: Path, fault: str) -> Path:
+    """The demo's HunyuanVideo models with something wrong with the VAE's weights; returns the file."""
+    if fault != "missing":
+        shutil.copytree(ROOT / "models" / "demo" / "hunyuan", folder)
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     if fault == "truncated":
-        shutil.copytree(ROOT / "models" / "demo" / "hunyuan", hunyuan)
-        weights = hunyuan / "vae" / "diffusion_pytorch_model.safetensors"
         weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    if fault == "wrong-shape":
+        state = load_file(weights)
+        save_file(state | {"decoder.conv_out.conv.bias": torch.zeros(5)}, weights)
+    return folder if fault == "missing" else weights
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "wrong-shape"])
+def test_a_worker_without_its_models_takes_no_job(tmp_path, fault):
+    """RunPod is told the reason as well, in the ping that the SDK sends for an unhealthy worker."""
+    named = broken_models(tmp_path / "hunyuan", fault)
     with FakeRunPod() as runpod:
         runpod.queue("waiting", job_input())
-        done = run_handler(HUNYUAN_MODEL=hunyuan, **runpod.variables)
+        done = run_handler(HUNYUAN_MODEL=tmp_path / "hunyuan", **runpod.variables)
+        assert not runpod.asked_for_jobs
+        assert any("status=unhealthy" in ping and "ModelError" in ping for ping in runpod.pings)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stdout.splitlines() if "Fitness check failed" in line]
+    assert "load_models | ModelError: " in line
+    assert str(named if fault != "wrong-shape" else named.parent) in line
+    assert fault != "wrong-shape" or "decoder.conv_out.conv.bias: (5,) instead of (3,)" in line
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_worker_without_ffmpeg_takes_no_job():
+    with FakeRunPod() as runpod:
+        runpod.queue("waiting", job_input())
+        done = run_handler(IMAGEIO_FFMPEG_EXE="/nowhere/ffmpeg", **runpod.variables)
         assert not runpod.asked_for_jobs
     assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert str(hunyuan) in line
-    assert "Traceback" not in done.stdout
+    assert "check_machine | FitnessError: ffmpeg does not run" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
