@@ -11,7 +11,6 @@ import asyncio
 import base64
 import hashlib
 import importlib
-import io
 import json
 import sys
 import time
@@ -21,41 +20,18 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
-from PIL import Image
 
 import core.job
 import handler
+from benchmarks.full_size_models import HEIGHT, PROMPT, WIDTH, profile_of, random_image
 from core.pipeline import Models, generate_video_sync
 from core.pipeline.models import MODULES
-from core.pipeline.profiles import HUNYUAN, REDUX, TRANSFORMER, ModelProfile, Source
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import plan_sections
 from core.worker import Worker
 from diffusers_helper import memory
 from diffusers_helper.vae import decode_latents
-
-HEIGHT, WIDTH = 640, 608
-PROMPT = "The dancer spins slowly in front of the window, her dress following the turn."
-
-
-def profile_of(folder: Path) -> ModelProfile:
-    return ModelProfile(
-        name="full-size",
-        direction="i2v",
-        transformers=dict.fromkeys(("i2v", "f1"), Source(str(folder / "framepack"), TRANSFORMER)),
-        hunyuan=Source(str(folder / "hunyuan"), HUNYUAN),
-        redux=Source(str(folder / "redux"), REDUX),
-        resolution=640,
-    )
-
-
-def random_image() -> str:
-    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def run(title: str, **fields) -> dict:

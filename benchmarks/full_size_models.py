@@ -6,11 +6,15 @@ About 43 GB on disk. Made on the GPU when there is one.
 """
 
 import argparse
+import base64
+import io
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoFramepackTransformer3DModel
+from PIL import Image
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -22,6 +26,10 @@ from transformers import (
 )
 
 from builder.make_demo_models import make_clip_tokenizer, make_llama_tokenizer
+from core.pipeline.profiles import HUNYUAN, REDUX, TRANSFORMER, ModelProfile, Source
+
+HEIGHT, WIDTH = 640, 608
+PROMPT = "The dancer spins slowly in front of the window, her dress following the turn."
 
 LLAMA_8B = {
     "vocab_size": 128_320,
@@ -51,6 +59,24 @@ SIGLIP_SO400M = {
     "image_size": 384,
     "patch_size": 14,
 }
+
+
+def profile_of(folder: Path) -> ModelProfile:
+    return ModelProfile(
+        name="full-size",
+        direction="i2v",
+        transformers=dict.fromkeys(("i2v", "f1"), Source(str(folder / "framepack"), TRANSFORMER)),
+        hunyuan=Source(str(folder / "hunyuan"), HUNYUAN),
+        redux=Source(str(folder / "redux"), REDUX),
+        resolution=640,
+    )
+
+
+def random_image() -> str:
+    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def make_full_size_models(folder: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from core.deadline import Deadline
 from core.errors import ResultTooLargeError, TimeLimitError, UploadError, UrlRefusedError, WorkerError
 from core.fetch import guard_client
+from core.guard import check_url
 from core.request import VideoRequest
 from core.settings import Settings
 
@@ -220,6 +221,8 @@ class _Upload(threading.Thread):
         from botocore.config import Config
 
         bucket = self._bucket
+        if bucket.guarded:
+            check_url(bucket.endpoint_url)
         client = boto3.client(
             "s3",
             endpoint_url=bucket.endpoint_url,
@@ -270,5 +273,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UrlRefusedError):
         return str(error).removesuffix(".")
     cause = error.__context__ if type(error).__name__ == "S3UploadFailedError" else error
-    code = getattr(cause, "response", {}).get("Error", {}).get("Code")
-    return str(code or type(cause).__name__)
+    code = str(getattr(cause, "response", {}).get("Error", {}).get("Code", ""))
+    return (
+        "".join(filter(str.isalnum, code))[:40] or type(cause).__name__
+    )  # a stranger's service may say anything

@@ -6,7 +6,7 @@ import random
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +239,16 @@ def _worker(models: Models, retried: bool) -> dict:
         "memory_mode": "swap" if retried else models.memory_mode,
         "profile": models.profile.name,
         "model_load_s": round(models.load_seconds, 3),
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": {name: found for name in LIBRARIES if (found := _version(name))},
     }
+
+
+def _version(library: str) -> str | None:
+    """None where it is not installed: behind Lambda there need be no runpod."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _gpu_wait(device: torch.device) -> Callable[[], None]:

@@ -40,7 +40,13 @@ def decode_latents(
     """
     latents = latents / vae.config.scaling_factor
     vae.use_tiling = tiled
-    hook = vae.decoder.register_forward_pre_hook(lambda *_: check())
+
+    def stop_or_go_on(*_: object) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # else all calls are queued before the first has run
+        check()
+
+    hook = vae.decoder.register_forward_pre_hook(stop_or_go_on)
     try:
         return vae.decode(latents.to(device, vae.dtype), return_dict=False)[0].cpu()
     finally:
