@@ -43,7 +43,8 @@ def fetch_url(
     will not connect to, DownloadTooLargeError over `max_bytes`, DownloadError for any other failure, and
     what `check_cancelled` raises, which is called several times a second. `allowed_hosts` as in `check_url`.
     """
-    limits = Limits(time.monotonic() + timeout_s, 2 * max_bytes + 1_000_000, check_cancelled)
+    with_framing = 2 * max_bytes + 1_000_000  # headers, and chunks however small within reason
+    limits = Limits(time.monotonic() + timeout_s, with_framing, check_cancelled)
     for _ in range(1 + MAX_REDIRECTS):
         target = check_url(url, allowed_hosts)
         with _answer(target, limits) as answer:

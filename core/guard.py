@@ -216,8 +216,6 @@ def _lookup(host: str, port: int, limits: Limits) -> list[str]:
         thread.join(limits.tick())
     try:
         return answer.result()
-    except UnicodeError:  # what the resolver raises for a name that cannot be one
-        return []
     except socket.gaierror as error:
         if error.errno in _NO_SUCH_NAME:
             return []

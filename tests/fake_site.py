@@ -137,16 +137,21 @@ def make_certificates(folder: Path) -> tuple[Path, ssl.SSLContext]:
             .not_valid_after(now + timedelta(days=1))
         )
 
+    may_sign = x509.KeyUsage(*[False] * 5, True, *[False] * 3)
     authority = (
         builder(authority_name, authority_key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(may_sign, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(authority_key.public_key()), critical=False)
         .sign(authority_key, hashes.SHA256())
     )
     names = [x509.DNSName(name) for name in NAMES]
     names += [x509.IPAddress(ipaddress.ip_address(address)) for address in (PUBLIC, PUBLIC_IPV6)]
+    signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
     certificate = (
         builder(name, key.public_key())
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(signer, critical=False)
         .sign(authority_key, hashes.SHA256())
     )
 

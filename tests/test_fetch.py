@@ -7,6 +7,7 @@ import socketserver
 import ssl
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import boto3
@@ -14,7 +15,12 @@ import numpy as np
 import pytest
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, ConnectionClosedError, SSLError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionClosedError,
+    SSLError,
+)
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
@@ -64,9 +70,10 @@ class SilentServer(socketserver.ThreadingTCPServer):
 
     def _serve(self, connection, *_):
         self.connections += 1
-        connection.sendall(self.greeting)
-        while connection.recv(65536):
-            pass
+        with suppress(OSError):
+            connection.sendall(self.greeting)
+            while connection.recv(65536):
+                pass
 
 
 @pytest.fixture
@@ -570,6 +577,12 @@ def test_a_certificate_of_an_unknown_authority(internet, site, monkeypatch):
     assert site.requests == []
 
 
+def test_certifis_authorities_serve_where_the_system_has_none(internet, certificates, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere")
+    monkeypatch.setattr("core.fetch.certifi.where", lambda: str(certificates[0]))
+    assert fetch().startswith(b"\x89PNG")
+
+
 def test_a_server_without_tls(internet, silent_server):
     silent_server.greeting = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
     internet.port = silent_server.port
@@ -738,6 +751,17 @@ def test_a_connection_that_hangs(internet, monkeypatch):
     assert all(0 < wait <= 2 for wait in waits)
 
 
+def test_a_server_may_think_for_longer_than_a_connection_may_take(internet, site, monkeypatch):
+    def connect(address, port, timeout, options):
+        connection = internet.connect(address, port, timeout, options)
+        connection.settimeout(0.1)
+        return connection
+
+    monkeypatch.setattr("core.guard._connect", connect)
+    site.pages["/page"] = lambda connection: (pause(0.6), connection.sendall(answer(b"at last")))
+    assert fetch("https://images.test/page") == b"at last"
+
+
 # cancelled
 
 
@@ -779,13 +803,13 @@ def descriptors_and_threads() -> tuple[int, int]:
     return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
 
 
-def settled(expected: tuple[int, int]) -> tuple[int, int]:
-    """The counts, once the servers, which live in this process too, have noticed that all is over."""
+def are_back_at(before: tuple[int, int]) -> bool:
+    """Whether no more are left, once the servers, which live in this process too, have noticed the end."""
     for _ in range(100):
-        if descriptors_and_threads() == expected:
-            break
+        if all(now <= then for now, then in zip(descriptors_and_threads(), before, strict=True)):
+            return True
         pause(0.05)
-    return descriptors_and_threads()
+    return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -802,7 +826,6 @@ def test_no_descriptor_and_no_thread_is_left(internet, site):
     }
     internet.names["other.test"] = [PUBLIC]
     internet.names["dead.test"] = ["1.2.3.4"]
-    fetch()
     before = descriptors_and_threads()
     for _ in range(5):
         fetch()
@@ -816,7 +839,7 @@ def test_no_descriptor_and_no_thread_is_left(internet, site):
             with pytest.raises((ClientError, UrlRefusedError)):
                 client.head_object(Bucket="missing", Key="a")
             client.close()
-    assert settled(before) == before
+    assert are_back_at(before)
 
 
 # an S3 client
@@ -837,14 +860,21 @@ def s3(certificates):
         yield server.server_port
 
 
-def s3_client(endpoint="https://s3.test", timeout_s=20, guarded=True, retries="standard", style="path"):
+def s3_client(
+    endpoint="https://s3.test", timeout_s=20, guarded=True, retries="standard", style="path", patience=60
+):
     client = boto3.client(
         "s3",
         endpoint_url=endpoint,
         aws_access_key_id="key",
         aws_secret_access_key="a-secret",
         region_name="us-east-1",
-        config=Config(s3={"addressing_style": style}, retries={"mode": retries, "total_max_attempts": 3}),
+        config=Config(
+            s3={"addressing_style": style},
+            retries={"mode": retries, "total_max_attempts": 3},
+            connect_timeout=patience,
+            read_timeout=patience,
+        ),
     )
     if guarded:
         guard_client(client, timeout_s)
@@ -871,6 +901,20 @@ def test_a_good_upload(internet, s3, tmp_path, size):
         == (video.read_bytes()[-10:])
     )
     assert set(internet.connected) == {PUBLIC}
+    client.close()
+
+
+def test_the_limit_of_bytes_is_for_each_answer(internet, site):
+    def keep_answering(connection):
+        connection.sendall(answer(BLOCK * 5))
+        while connection.recv(65536):
+            connection.sendall(answer(BLOCK * 5))
+
+    site.pages["/videos/half"] = keep_answering
+    client = s3_client()
+    for _ in range(3):
+        assert client.get_object(Bucket="videos", Key="half")["Body"].read() == BLOCK * 5
+    assert site.connections == 1
     client.close()
 
 
@@ -1001,4 +1045,14 @@ def test_a_client_has_a_deadline(internet, site, page):
     with pytest.raises(BotoCoreError):
         client.put_object(Bucket="videos", Key="a", Body=b"x")
     assert len(site.requests) == 1
+    client.close()
+
+
+@pytest.mark.usefixtures("no_backoff")
+def test_a_clients_own_time_out_still_counts(internet, site):
+    site.pages["/videos/a"] = until_closed
+    client = s3_client(patience=0.5)
+    with pytest.raises(BotoCoreError):
+        client.put_object(Bucket="videos", Key="a", Body=b"x")
+    assert site.connections == 3
     client.close()
