@@ -25,6 +25,7 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoReque
 from werkzeug.serving import make_server
 
 from core import guard
+from core.delivery import Delivery
 from core.errors import (
     CancelledError,
     DownloadError,
@@ -36,8 +37,13 @@ from core.errors import (
 from core.fetch import MAX_REDIRECTS, fetch_url, guard_client
 from core.guard import MAX_URL, is_public
 from core.images import decode_image
+from core.job import run_job
+from core.request import parse_request
+from core.settings import Settings
+from core.worker import Worker
 from tests.fake_site import PUBLIC, PUBLIC_IPV6, Internet, Site, answer, make_certificates, serving
-from tests.test_images import encoded, picture
+from tests.test_endurance import quick_input
+from tests.test_images import BOMBS, encoded, picture, to_base64
 
 GOOD = "https://images.test/good.png"
 SECRET = "X-Amz-Signature=5ec4e7"
@@ -1055,4 +1061,61 @@ def test_a_clients_own_time_out_still_counts(internet, site):
     with pytest.raises(BotoCoreError):
         client.put_object(Bucket="videos", Key="a", Body=b"x")
     assert site.connections == 3
+    client.close()
+
+
+# a whole job
+
+
+@pytest.mark.usefixtures("internet", "quick_decode")
+def test_a_job_takes_its_image_from_a_url(demo_models):
+    job = quick_input()
+    by_url = run_job(job | {"input_image": GOOD}, demo_models)
+    inlined = run_job(job | {"input_image": to_base64(encoded(picture(), "PNG"))}, demo_models)
+    assert by_url["video_base64"] == inlined["video_base64"]
+    assert by_url["timings"]["input"] > 0
+    assert "input_image" not in by_url["parameters"]
+
+
+@pytest.mark.usefixtures("internet")
+@pytest.mark.parametrize(
+    ("page", "code"),
+    [
+        (answer(b"<html>Not found</html>", Content_Type="image/png"), "invalid_image"),
+        (answer(BOMBS["PNG"]), "image_too_large"),
+        (answer(status="404 Not Found"), "download_failed"),
+        (answer(Content_Length=20_000_001), "download_too_large"),
+        (answer(status="302 Found", Location="https://127.0.0.1/"), "url_refused"),
+    ],
+    ids=["html", "bomb", "404", "too large", "redirect inside"],
+)
+def test_a_job_says_what_is_wrong_with_its_url(demo_models, site, page, code):
+    site.pages["/bad.png"] = page
+    job = quick_input(input_image="https://images.test/bad.png")
+    assert Worker(lambda: demo_models).submit("a", job).result()["code"] == code
+
+
+@pytest.mark.usefixtures("internet")
+def test_only_certain_hosts(demo_models, monkeypatch):
+    monkeypatch.setenv("INPUT_HOSTS", "cdn.images.test, *.example.com")
+    reply = Worker(lambda: demo_models).submit("a", quick_input(input_image=GOOD)).result()
+    assert reply["code"] == "url_refused" and "not among those" in reply["error"]
+
+
+def test_a_video_goes_to_the_callers_own_bucket(internet, s3, tmp_path):
+    internet.port = s3
+    client = s3_client(f"https://{PUBLIC}")
+    client.create_bucket(Bucket="videos")
+    own = {"accessId": "key", "accessSecret": "a-secret", "bucketName": "videos", "region": "us-east-1"}
+    request = parse_request(
+        quick_input(output="url", s3Config=own | {"endpointUrl": f"https://{PUBLIC}", "prefix": "a/b"})
+    )
+    video = tmp_path / "video.mp4"
+    video.write_bytes(b"a video" * 2_000_000)  # two parts
+    reply = Delivery(Settings(volume_dir=tmp_path / "none"))(video, "job-1", request, lambda: None)
+    assert "videos" in reply["video_url"] and "/a/b/job-1.mp4?" in reply["video_url"]
+    stored = client.get_object(Bucket="videos", Key="a/b/job-1.mp4", Range="bytes=-10")
+    assert stored["ContentRange"].endswith(f"/{video.stat().st_size}")
+    assert stored["Body"].read() == video.read_bytes()[-10:]
+    assert set(internet.connected) == {PUBLIC}
     client.close()
