@@ -16,7 +16,6 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # the SDK's default prints every input and output
 
@@ -28,6 +27,7 @@ from core.delivery import inlined
 from core.errors import WorkerError
 from core.fitness import run_checks
 from core.progress import Progress
+from core.request import input_of
 from core.settings import Settings
 from core.worker import Worker
 from runpod_posts import RunPodProgress, post_results_here
@@ -55,7 +55,7 @@ async def local_handler(job: dict) -> dict:
 
 async def _run(job: dict, progress: "RunPodProgress | LocalProgress") -> dict:
     cancelled = threading.Event()
-    future = worker.submit(str(job.get("id", "")), _input_of(job), progress.report, cancelled)
+    future = worker.submit(str(job.get("id", "")), input_of(job), progress.report, cancelled)
     done = asyncio.wrap_future(future)
     try:
         reply = await asyncio.shield(done)
@@ -71,14 +71,6 @@ async def _run(job: dict, progress: "RunPodProgress | LocalProgress") -> dict:
                 continue
         await progress.settle()
         raise
-
-
-def _input_of(job: dict) -> Any:
-    """The job's input, with the bucket that RunPod passes on beside it."""
-    data = job.get("input")
-    if job.get("s3Config") is not None and isinstance(data, dict) and "s3_config" not in data:
-        return {"s3Config": job["s3Config"]} | data
-    return data
 
 
 class LocalProgress:

@@ -8,6 +8,7 @@ from typing import Any
 
 from core.errors import RequestError, error_reply
 from core.pipeline import generate_video_sync, initialize_models
+from core.request import input_of
 from core.worker import Worker
 
 __all__ = ["generate_video_sync", "initialize_models", "lambda_handler"]
@@ -34,7 +35,8 @@ if "AWS_LAMBDA_FUNCTION_NAME" in os.environ:
 def lambda_handler(event: dict, context: Any) -> dict:
     """Answer an event whose `body` is JSON (text, base64 with `isBase64Encoded`, or an object already).
 
-    The body is the input itself or `{"input": {…}}`. Returns statusCode, headers and a JSON text body.
+    The body is the input itself or `{"input": {…}}`, where `s3Config` may stand beside it. Returns statusCode,
+    headers and a JSON text body.
     """
     try:
         data = _input_of(event)
@@ -55,8 +57,8 @@ def _input_of(event: Any) -> Any:
             body = json.loads(body)
     except (binascii.Error, ValueError, RecursionError):
         raise RequestError("The event's body is not valid JSON.") from None
-    if isinstance(body, dict) and set(body) == {"input"}:
-        return body["input"]
+    if isinstance(body, dict) and "input" in body and body.keys() <= {"input", "s3Config"}:
+        return input_of(body)
     return body
 
 

@@ -142,6 +142,14 @@ ALIASES = {
 }
 
 
+def input_of(job: dict) -> Any:
+    """A job's `input`, with the bucket that RunPod passes on beside it (`s3Config`) inside."""
+    data = job.get("input")
+    if job.get("s3Config") is not None and isinstance(data, dict) and "s3_config" not in data:
+        return {"s3Config": job["s3Config"]} | data
+    return data
+
+
 def parse_request(data: Any) -> VideoRequest:
     """Validate one job's input. Raises RequestError with one sentence that says what is wrong."""
     if not isinstance(data, dict):

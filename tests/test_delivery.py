@@ -2,9 +2,12 @@
 
 import base64
 import os
+import socket
+import socketserver
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -227,6 +230,48 @@ def test_storage_that_refuses_is_tried_again_then_the_video_is_kept(tmp_path, se
     assert reply["code"] == "upload_failed" and "videos" in reply["error"]
     assert "a-secret" not in str(reply) and "127.0.0.1" not in str(reply)
     assert reply["video_path"].endswith("job.mp4")
+
+
+@contextmanager
+def cutting_proxy(target: int, cut_after: int):
+    """A port in front of `target` that cuts one connection when so many bytes have passed, and a list of all."""
+    passed, connections = [0], []
+
+    class Forward(socketserver.BaseRequestHandler):
+        def handle(self):
+            connections.append(self)
+            with socket.create_connection(("127.0.0.1", target)) as server:
+                threading.Thread(target=self.back, args=(server,), daemon=True).start()
+                while data := self.request.recv(65536):
+                    before, passed[0] = passed[0], passed[0] + len(data)
+                    if before < cut_after <= passed[0]:
+                        return
+                    server.sendall(data)
+
+        def back(self, server):
+            with suppress(OSError):
+                while data := server.recv(65536):
+                    self.request.sendall(data)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Forward) as proxy:
+        proxy.daemon_threads = True
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield proxy.server_address[1], connections
+        proxy.shutdown()
+
+
+@pytest.mark.usefixtures("no_backoff")
+def test_a_connection_that_drops_in_the_middle_of_a_part(tmp_path, settings, s3):
+    """Of the second part of five: that one is sent again, the others are not."""
+    path = video(tmp_path, 40 * MB)
+    port = int(s3.rsplit(":", 1)[1])
+    with cutting_proxy(port, PART_BYTES * 3 // 2) as (proxy, connections):
+        environment = settings(bucket_name="videos", bucket_endpoint_url=f"http://127.0.0.1:{proxy}", **KEYS)
+        reply = Delivery(environment)(path, "cut", asking("auto"), nothing)
+        assert len(connections) == 8  # begin, five parts, complete, and one again
+    with httpx.Client(trust_env=False) as client:
+        answer = client.get(reply["video_url"].replace(str(proxy), str(port)))
+    assert answer.content == path.read_bytes()
 
 
 @pytest.mark.usefixtures("no_backoff")

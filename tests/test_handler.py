@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import handler
 import runpod_posts
 from core.progress import Pace, Progress
 from runpod_posts import RunPodProgress
@@ -173,21 +172,6 @@ def test_seconds_left_follow_the_pace():
     assert pace.left(5) == 30.0
     clock.now += 10
     assert pace.left(20) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("job", "expected"),
-    [
-        ({"input": {"prompt": "x"}, "s3Config": {"a": 1}}, {"prompt": "x", "s3Config": {"a": 1}}),
-        ({"input": {"s3_config": {"b": 2}}, "s3Config": {"a": 1}}, {"s3_config": {"b": 2}}),
-        ({"input": {"s3Config": {"b": 2}}, "s3Config": {"a": 1}}, {"s3Config": {"b": 2}}),
-        ({"input": {"prompt": "x"}, "s3Config": None}, {"prompt": "x"}),
-        ({"input": ["x"], "s3Config": {"a": 1}}, ["x"]),
-        ({}, None),
-    ],
-)
-def test_the_bucket_beside_the_input_is_used(job, expected):
-    assert handler._input_of(job) == expected
 
 
 def test_importing_loads_nothing():

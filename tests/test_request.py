@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import RequestError
-from core.request import ALIASES, VideoRequest, parse_request
+from core.request import ALIASES, VideoRequest, input_of, parse_request
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = {"input_image": "aGVsbG8=", "prompt": "A cat turns its head."}
@@ -475,3 +475,18 @@ class TestBucket:
     def test_it_is_not_printed(self):
         assert "a-secret" not in repr(accepted(s3Config=BUCKET))
         assert "a-secret" not in repr(accepted(s3Config=BUCKET).s3_config)
+
+
+@pytest.mark.parametrize(
+    ("job", "expected"),
+    [
+        ({"input": {"prompt": "x"}, "s3Config": {"a": 1}}, {"prompt": "x", "s3Config": {"a": 1}}),
+        ({"input": {"s3_config": {"b": 2}}, "s3Config": {"a": 1}}, {"s3_config": {"b": 2}}),
+        ({"input": {"s3Config": {"b": 2}}, "s3Config": {"a": 1}}, {"s3Config": {"b": 2}}),
+        ({"input": {"prompt": "x"}, "s3Config": None}, {"prompt": "x"}),
+        ({"input": ["x"], "s3Config": {"a": 1}}, ["x"]),
+        ({}, None),
+    ],
+)
+def test_the_bucket_beside_the_input_is_used(job, expected):
+    assert input_of(job) == expected
