@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import pytest
 
 from builder.export_schema import with_schema
 from core.errors import RequestError, WorkerError, error_reply
+from core.request import ALIASES, S3Config, VideoRequest
 from core.settings import Settings, SettingsError
 
 ROOT = Path(__file__).parents[1]
 HTTP_SERVERS = {"fastapi", "uvicorn", "flask", "starlette", "aiohttp"}
+SPECS = ["docs/in_out_spec.md", "docs/in_out_spec.ja.md"]
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
 def imported(path: Path) -> set[str]:
@@ -28,6 +32,30 @@ def imported(path: Path) -> set[str]:
 
 def tops(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
+
+
+def prose(name: str) -> str:
+    """A document without its code blocks, the schema among them."""
+    return FENCED.sub("", (ROOT / name).read_text(encoding="utf-8"))
+
+
+def rows(name: str) -> list[str]:
+    """Of all its tables."""
+    return re.findall(r"^\|.*", prose(name), re.MULTILINE)
+
+
+def tokens(text: str) -> set[str]:
+    return set(re.findall(r"`([^`]+)`", text))
+
+
+def headings(name: str) -> list[str]:
+    """Their levels: ## and ###."""
+    return re.findall(r"^###? ", prose(name), re.MULTILINE)
+
+
+def make_commands(name: str) -> list[str]:
+    blocks = FENCED.findall((ROOT / name).read_text(encoding="utf-8"))
+    return re.findall(r"^make \S+", "\n".join(blocks), re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "core").rglob("*.py")), ids=str)
@@ -60,8 +88,9 @@ def test_the_documented_schema_is_the_current_one():
     assert with_schema(text) == text, "run `make docs`"
 
 
-def test_every_error_code_is_documented():
-    text = (ROOT / "docs" / "in_out_spec.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_error_code_is_documented(spec):
+    text = (ROOT / spec).read_text(encoding="utf-8")
 
     def codes(error):
         yield error.code
@@ -72,10 +101,30 @@ def test_every_error_code_is_documented():
         assert f"`{code}`" in text
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_field_of_the_request_is_in_the_tables(spec):
+    told = set().union(*map(tokens, rows(spec)))
+    assert told >= {*VideoRequest.model_fields, *ALIASES, *S3Config.model_fields}
+
+
 def test_every_setting_is_documented():
     text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     for field in Settings.__dataclass_fields__:
         assert f"`{field.upper()}`" in text
+
+
+def test_the_japanese_specification_names_what_the_english_one_does():
+    english, japanese = map(rows, SPECS)
+    assert [tokens(row) for row in japanese] == [tokens(row) for row in english]
+    for ours, theirs in zip(japanese, english, strict=True):
+        assert {*re.findall(r"\d+", ours)} >= {*re.findall(r"\d+", theirs)}, ours
+    assert tokens(prose(SPECS[1])) == tokens(prose(SPECS[0]))
+    assert headings(SPECS[1]) == headings(SPECS[0])
+
+
+def test_the_japanese_readme_has_the_sections_and_commands_of_the_english_one():
+    assert headings("README.ja.md") == headings("README.md")
+    assert make_commands("README.ja.md") == make_commands("README.md") == ["make demo", "make test"]
 
 
 def test_the_test_input_is_valid():
