@@ -35,7 +35,7 @@ if "AWS_LAMBDA_FUNCTION_NAME" in os.environ:
 def lambda_handler(event: dict, context: Any) -> dict:
     """Answer an event whose `body` is JSON (text, base64 with `isBase64Encoded`, or an object already).
 
-    The body is the input itself or `{"input": {…}}`, where `s3Config` may stand beside it. Returns statusCode,
+    The body is the input itself or `{"input": {…}}`, `s3Config` perhaps beside it. Returns statusCode,
     headers and a JSON text body.
     """
     try:

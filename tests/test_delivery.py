@@ -234,7 +234,7 @@ def test_storage_that_refuses_is_tried_again_then_the_video_is_kept(tmp_path, se
 
 @contextmanager
 def cutting_proxy(target: int, cut_after: int):
-    """A port in front of `target` that cuts one connection when so many bytes have passed, and a list of all."""
+    """A port in front of `target` that cuts a connection once so many bytes passed, and all there were."""
     passed, connections = [0], []
 
     class Forward(socketserver.BaseRequestHandler):
