@@ -18,8 +18,7 @@ from client.errors import ClientError, JobError
 
 STATES = {"IN_QUEUE": "waiting for a worker", "IN_PROGRESS": "running", "COMPLETED": "done"}
 STAGES = {
-    "queued": "waiting for the GPU",
-    "load": "loading the models",
+    "input": "reading the image",
     "encode": "encoding",
     "sample": "sampling",
     "decode": "decoding",
