@@ -88,11 +88,10 @@ def _flatten(image: Image.Image) -> Image.Image:
     """Any PIL mode → RGB, transparent parts on white."""
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip instead of scaling
         grey = np.asarray(image)
-        clear = (
-            grey == image.info["transparency"] if "transparency" in image.info else np.zeros_like(grey, bool)
-        )
-        scaled = np.where(clear, 255, (grey.astype(np.int64) // 257).clip(0, 255))
-        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+        scaled = (grey // 257).clip(0, 255).astype(np.uint8)
+        if "transparency" in image.info:
+            scaled[grey == image.info["transparency"]] = 255
+        return Image.fromarray(scaled).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

@@ -316,6 +316,12 @@ def test_bombs_take_no_memory():
     assert measured_growth(png(10_000, 5000, 8, GREY, [bytes(10_000)] * 5000)) > 100_000_000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_16_bits_take_little_more_memory_than_8():
+    deep, plain = (png(10_000, 5000, bits, GREY, [bytes(1250 * bits)] * 5000) for bits in (16, 8))
+    assert measured_growth(deep) < 1.5 * measured_growth(plain)
+
+
 # modes
 
 
