@@ -53,10 +53,15 @@ def _decode_base64(text: str) -> bytes:
 
 
 def _to_rgb(data: bytes) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL has a line for each wrong EXIF tag, 65,000 in one file
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return _checked(data)
+
+
+def _checked(data: bytes) -> np.ndarray:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageTooLargeError(_too_many_pixels()) from None
     except Exception:
