@@ -65,7 +65,7 @@ from tests.test_images import to_base64
 
 EXAMPLES = int(os.environ.get("FUZZ_REQUESTS", "300"))
 ROUND = 1000  # hypothesis remembers what it has tried until a run of it is over
-MOST_GROWTH = 8_000_000  # bytes; hypothesis itself comes to half of that in a hundred thousand examples
+MOST_GROWTH = 16_000_000  # bytes; hypothesis itself comes to half of that, in the first test most of all
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -505,4 +505,4 @@ def test_what_is_sent_again_and_again_leaves_nothing_in_memory():
     settled, end = memory_after(tenth), memory_after(9 * tenth)
     sys.stdout.write(f"\n{len(requests)} of each, {tenth} and {10 * tenth} times: ")
     sys.stdout.write(f"{settled / 1e6:.2f} and {end / 1e6:.2f} MB\n")
-    assert end - settled < MOST_GROWTH / 2
+    assert end - settled < MOST_GROWTH / 4
