@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from builder.demo import autoencoder, bank, flow, layouts, transformer
+from builder.demo import autoencoder, bank, flow_matching, layouts, transformer
 from builder.demo.encoders import Encoders, write_encoders
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import HISTORY_FRAMES
@@ -144,7 +144,7 @@ def test_a_batch_is_its_samples_one_by_one():
 
 
 def test_noise_levels_are_spread_as_the_schedule_is():
-    sigmas = flow.draw_sigmas(20_000, 1296, CPU, torch.Generator().manual_seed(0))
+    sigmas = flow_matching.draw_sigmas(20_000, 1296, CPU, torch.Generator().manual_seed(0))
     shift = math.exp(0.5 + (1296 - 256) * 0.65 / 3840)
     assert sigmas.min() > 0 and sigmas.max() <= 1
     assert sigmas.median().item() == pytest.approx(shift / (shift + 1), abs=0.01)
@@ -152,7 +152,7 @@ def test_noise_levels_are_spread_as_the_schedule_is():
 
 def test_the_averages_follow_the_weights():
     module = nn.Linear(2, 2)
-    averages = flow.AveragedWeights(module, decay=0.9)
+    averages = flow_matching.AveragedWeights(module, decay=0.9)
     with torch.no_grad():
         module.weight.fill_(1.0)
     for _ in range(200):

@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
 )
 from torch import nn
 
-from builder.demo.flow import warm_cosine
+from builder.demo.flow_matching import warm_cosine
 from diffusers_helper.vae import attend_framewise
 
 CHANNELS = (24, 48, 96, 96)

@@ -9,7 +9,7 @@ from torch import nn
 
 from builder.demo.bank import ClipBank
 from builder.demo.encoders import IMAGE_WIDTH, POOLED_WIDTH, TEXT_WIDTH
-from builder.demo.flow import AveragedWeights, flow_loss, warm_cosine
+from builder.demo.flow_matching import AveragedWeights, flow_loss, warm_cosine
 from builder.demo.layouts import SECTIONS, cut_section, training_plan
 from core.pipeline.profiles import Direction
 from diffusers_helper.transformer import FramePackTransformer
