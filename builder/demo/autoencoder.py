@@ -44,7 +44,7 @@ def make_vae(channels: tuple[int, ...] = CHANNELS) -> AutoencoderKLHunyuanVideo:
                 module.conv2.conv.bias.zero_()
             if module.conv_shortcut is not None:
                 _begin_as_identity(module.conv_shortcut.conv)
-    _fix_posterior_noise(vae, LATENT_NOISE)
+    set_posterior_noise(vae, LATENT_NOISE)
     return vae
 
 
@@ -109,7 +109,7 @@ def whiten_latents(vae: AutoencoderKLHunyuanVideo, mean: torch.Tensor, scale: to
 
 
 @torch.no_grad()
-def _fix_posterior_noise(vae: AutoencoderKLHunyuanVideo, std: float) -> None:
+def set_posterior_noise(vae: AutoencoderKLHunyuanVideo, std: float) -> None:
     """The posterior's spread is `std` whatever the picture."""
     channels = vae.config.latent_channels
     vae.quant_conv.weight[channels:] = 0
