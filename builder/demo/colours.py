@@ -1,7 +1,8 @@
 """Named colours, kept apart in OKLab (https://bottosson.github.io/posts/oklab/), and which one a pixel has.
 
-Every shape has a named colour, and every background is muted: its chroma stays below BACKGROUND_CHROMA, less than
-half of any named colour's. So a shape is told from what is behind it by colour alone, whatever the textures.
+Every shape has a named colour, and every background is muted: its chroma stays below BACKGROUND_CHROMA, less
+than half of any named colour's. So a shape is told from what is behind it by colour alone, whatever the
+textures.
 """
 
 from functools import cache
@@ -39,7 +40,9 @@ _TO_LAB = np.array(
         [0.0259040371, 0.7827717662, -0.8086757660],
     ]
 )
-_LIGHTNESS_WEIGHT = 0.5  # a shape's lightness varies more than its hue: shadows in a blurred edge, compression
+_LIGHTNESS_WEIGHT = (
+    0.5  # a shape's lightness varies more than its hue: shadows in a blurred edge, compression
+)
 _BITS = 6  # of each channel, in the table of labels
 
 

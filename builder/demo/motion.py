@@ -1,7 +1,8 @@
 """Verbs, speeds, and how much of an action has happened at a time.
 
-Times are frames since the start image, any real t ≥ 0. `amount` is the one definition of every motion; the world
-draws by it and the measures compare with it. Per frame at the ordinary speed ("slowly" is half, "fast" twice):
+Times are frames since the start image, any real t ≥ 0. `amount` is the one definition of every motion; the
+world draws by it and the measures compare with it. Per frame at the ordinary speed ("slowly" is half, "fast"
+twice):
 
 | action  | amount                        | rate        | in a long video                             |
 |---------|-------------------------------|-------------|---------------------------------------------|
@@ -9,13 +10,14 @@ draws by it and the measures compare with it. Per frame at the ordinary speed ("
 | turns   | angle, in radians             | π/72 (2.5°) | goes on forever; a quarter in a section     |
 | grows   | log of the size ratio         | ln 1.8 / 48 | stops at 1.8 times the size                 |
 | shrinks | the same, of the inverse      | ln 1.8 / 48 | stops at 1/1.8 of the size                  |
-| bounces | height, in shorter sides      | hop of 36   | goes on forever, hops 0.15 high             |
+| bounces | height, in shorter sides      | see below   | goes on forever, each hop 0.12 high         |
 | changes | share of the way to the colour| 1/18        | keeps the new colour                        |
 | stays   | nothing                       |             |                                             |
 | pans    | path, in shorter sides        | 0.006       | stops after 0.45                            |
 | zooms   | log of the magnification      | ln 1.6 / 72 | stops at 1.6 times, or 1/1.6                |
 
-A section of a video is 36 frames, so hops at the ordinary speed and at twice it end with the section.
+A section of a video is 36 frames. A hop takes 36, 24 or 18 ("slowly", "", "fast"), so that even a slow one is
+seen to come down again within a section.
 """
 
 import math
@@ -50,8 +52,8 @@ MOVE_RATE = 0.006
 TURN_RATE = math.pi / 72
 SIZE_LIMIT = math.log(1.8)
 SIZE_RATE = SIZE_LIMIT / 48
-HOP_FRAMES = 36
-HOP_HEIGHT = 0.15
+HOP_FRAMES = {"slowly": 36, "": 24, "fast": 18}
+HOP_HEIGHT = 0.12
 CHANGE_FRAMES = 18
 PAN_RATE = 0.006
 PAN_LIMIT = 0.45
@@ -87,7 +89,7 @@ def amount(action: Action, times: np.ndarray, room: float = math.inf) -> np.ndar
         case "grows" | "shrinks":
             return np.minimum(SIZE_RATE * t, SIZE_LIMIT)
         case "bounces":
-            phase = t / HOP_FRAMES % 1
+            phase = np.asarray(times) / HOP_FRAMES[action.speed] % 1
             return HOP_HEIGHT * 4 * phase * (1 - phase)
         case "changes":
             return np.minimum(t / CHANGE_FRAMES, 1)
@@ -100,10 +102,8 @@ def amount(action: Action, times: np.ndarray, room: float = math.inf) -> np.ndar
     raise ValueError(f"Nothing {action.verb!r} in this world.")
 
 
-def room_for(
-    action: Action, x: float, y: float, radius: float, height: float, width: float
-) -> float:
-    """How far a shape at (x, y) may move before its edge comes within MARGIN of the frame's, in shorter sides."""
+def room_for(action: Action, x: float, y: float, radius: float, height: float, width: float) -> float:
+    """How far a shape at (x, y) may move before its edge is within MARGIN of the frame's, in shorter sides."""
     short = min(height, width)
     clear = radius + MARGIN * short
     along = []

@@ -1,7 +1,7 @@
 """The sample photographs inside scikit-image and scikit-learn: seen in training, or held out for tests.
 
-The files are read where the packages lie; nothing is imported or downloaded. builder/demo/requirements.txt names
-the packages, which only training and the benchmark need.
+The files are read where the packages lie; nothing is imported or downloaded. builder/demo/requirements.txt
+names the packages, which only training and the benchmark need.
 """
 
 from functools import cache
@@ -39,5 +39,7 @@ def load_photograph(name: str) -> np.ndarray:
     package, _, path = (SEEN | HELD_OUT)[name].partition("/")
     spec = find_spec(package)  # finds a top-level package without running it
     if spec is None:
-        raise FileNotFoundError(f"{name} comes inside {package}: pip install -r builder/demo/requirements.txt")
+        raise FileNotFoundError(
+            f"{name} comes inside {package}: pip install -r builder/demo/requirements.txt"
+        )
     return np.asarray(Image.open(Path(spec.origin).parent / path).convert("RGB"))

@@ -1,7 +1,8 @@
 """What a picture holds and what happens in it; the scenes of training and of the tests. Draws no pixel.
 
-Training never sees: the photographs of `photographs.HELD_OUT`; the acting shapes for which `held_out` is true, one
-colour in eight for every kind of shape and verb; the scenes of the tests, whose generators are seeded with words.
+Training never sees: the photographs of `photographs.HELD_OUT`; the acting shapes for which `held_out` is
+true, one colour in eight for every kind of shape and verb; the scenes of the tests, whose generators are
+seeded with words.
 """
 
 import itertools
@@ -152,9 +153,7 @@ def test_scenes(kind: str, count: int, photographs: Collection[str] = HELD_OUT) 
     "one" shape; "two" or three shapes, of which one or two act; a "combination" that training never sees; a
     "camera" over photographs; "speed", slowly and fast in turn; "aspect", every size of frame in turn.
     """
-    return [
-        _test_scene(kind, index, random.Random(f"{kind} {index}"), photographs) for index in range(count)
-    ]
+    return [_test_scene(kind, index, random.Random(f"{kind} {index}"), photographs) for index in range(count)]
 
 
 test_scenes.__test__ = False  # pytest collects what begins with "test"

@@ -1,8 +1,8 @@
 """Scene → frames, as tensor operations over all frames at once, on any device.
 
-Everything is a function of world coordinates (pixels of the first frame), so that any time and any camera can be
-drawn: shapes are signed distances with an edge of one pixel, textures are sums of waves, and photographs are
-sampled from a pyramid of sizes.
+Everything is a function of world coordinates (pixels of the first frame), so that any time and any camera can
+be drawn: shapes are signed distances with an edge of one pixel, textures are sums of waves, and photographs
+are sampled from a pyramid of sizes.
 """
 
 import math
@@ -63,7 +63,7 @@ def _draw(scene: Scene, times: np.ndarray, device: torch.device, photograph: Loa
 
 
 def _seen_by_camera(scene: Scene, times: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """World coordinates x (T, 1, W) and y (T, H, 1) of the pixels' centres, and world pixels a pixel (T, 1, 1).
+    """World coordinates x (T, 1, W) and y (T, H, 1) of the pixels, and world pixels a pixel (T, 1, 1).
 
     T is 1 before a camera that does not move.
     """
@@ -150,7 +150,7 @@ def _background(scene: Scene, x: Tensor, y: Tensor, scale: Tensor, photograph: L
 
 
 def _pattern(background: Background, u: Tensor, v: Tensor, pixel: Tensor) -> Tensor:
-    """Share of the second colour, of coordinates in shorter sides; `pixel` is the length of one of the frame's."""
+    """Share of the second colour at coordinates in shorter sides; `pixel` is the length of one pixel."""
     rng = random.Random(background.seed)
     match background.kind:
         case "flat":
@@ -174,9 +174,9 @@ def _pattern(background: Background, u: Tensor, v: Tensor, pixel: Tensor) -> Ten
 
 
 def _waves(rng: random.Random, count: int, frequencies: tuple[float, float], u: Tensor, v: Tensor) -> Tensor:
-    """Plane waves in all directions, the finer the weaker, of variance 1: (T, 1, W) and (T, H, 1) → (T, H, W).
+    """Plane waves in all directions, finer ones weaker, of variance 1: (T, 1, W) and (T, H, 1) → (T, H, W).
 
-    sin(a + b) = sin a cos b + cos a sin b, so the sum over the waves is one matrix product of rows and columns.
+    sin(a + b) = sin a cos b + cos a sin b, so the sum over the waves is a matrix product of rows and columns.
     """
     low, high = frequencies
     along_u, along_v, phase, weight = [], [], [], []
