@@ -46,7 +46,7 @@ COPY --from=weights /models /models
 WORKDIR /worker
 COPY requirements.txt .
 ARG TORCH_INDEX_URL
-RUN pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' requirements.txt)"
+RUN PIP_INDEX_URL="$TORCH_INDEX_URL" pip install "$(grep '^torch==' requirements.txt)"
 RUN pip install -r requirements.txt
 
 COPY builder/__init__.py builder/fetch_models.py builder/

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import base64
 import json
+import logging
 import os
 import sys
 import threading
@@ -97,7 +98,6 @@ class LocalProgress:
 
 def main() -> None:
     """Start the worker; exits with status 1 and one line when it cannot."""
-    logs.configure(as_json="RUNPOD_ENDPOINT_ID" in os.environ)  # as the SDK decides it
     # the SDK parses these again, and more
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--test_input")
@@ -106,6 +106,10 @@ def main() -> None:
     on_runpod = "RUNPOD_WEBHOOK_GET_JOB" in os.environ
     post_results_here()
     local = not given.rp_serve_api and (given.test_input is not None or not on_runpod)
+    logs.configure(
+        as_json="RUNPOD_ENDPOINT_ID" in os.environ,  # as the SDK decides it
+        level=logging.WARNING if local else logging.INFO,  # a person has the bar
+    )
     if local or given.rp_serve_api:
         worker.deliver = inlined  # RunPod's payload limits do not hold here
     try:

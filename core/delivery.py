@@ -6,6 +6,7 @@ large to inline goes to object storage, and where there is none, or it fails, to
 
 import base64
 import logging
+import re
 import shutil
 import tempfile
 import threading
@@ -29,6 +30,8 @@ PART_BYTES = 8 * 1024 * 1024  # one part in memory at a time, whatever the video
 MAX_ATTEMPTS = 4  # of each request, with exponential backoff
 READ_TIMEOUT_S = 30  # of one request
 POLL_S = 0.05  # between looks at a running upload
+
+_CODE = re.compile(r"[A-Za-z0-9._-]{1,64}")  # what a stranger's storage says goes into a sentence and a log
 
 CheckCancelled = Callable[[], None]
 Deliver = Callable[[Path, str, VideoRequest, CheckCancelled], dict]
@@ -269,11 +272,10 @@ def _file_name(job_id: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The service's code where there is one, else the kind of failure; never addresses or credentials."""
+    """The service's code where it sends a fit one, else the kind of failure; no addresses or credentials."""
     if isinstance(error, UrlRefusedError):
         return str(error).removesuffix(".")
     cause = error.__context__ if type(error).__name__ == "S3UploadFailedError" else error
-    code = str(getattr(cause, "response", {}).get("Error", {}).get("Code", ""))
-    return (
-        "".join(filter(str.isalnum, code))[:40] or type(cause).__name__
-    )  # a stranger's service may say anything
+    answer = getattr(cause, "response", None) or {}  # botocore's own errors have None there
+    code = str(answer.get("Error", {}).get("Code") or "")
+    return code if _CODE.fullmatch(code) else type(cause).__name__

@@ -90,6 +90,7 @@ def guard_client(client: Any, timeout_s: float = 600) -> None:
     limit_tls(session._manager.connection_pool_kw["ssl_context"], limits)
     service = client.meta.service_model.service_id.hyphenize()
     client.meta.events.register_first(f"needs-retry.{service}", _raise_refusal)
+    client.meta.events.register_first(f"needs-retry.{service}.HeadBucket", _end_redirects)
 
 
 def _raise_refusal(caught_exception: BaseException | None, **_: Any) -> None:
@@ -98,6 +99,14 @@ def _raise_refusal(caught_exception: BaseException | None, **_: Any) -> None:
         if isinstance(caught_exception, UrlRefusedError):
             raise caught_exception
         caught_exception = caught_exception.__context__
+
+
+def _end_redirects(response: tuple | None, **_: Any) -> None:
+    """botocore asks for a bucket that has moved where it is; sent on then as well, it would ask for ever."""
+    from botocore.exceptions import ClientError
+
+    if response is not None and response[0].status_code in REDIRECTS:
+        raise ClientError(response[1], "HeadBucket")
 
 
 class _Connection(http.client.HTTPSConnection):

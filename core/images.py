@@ -53,10 +53,15 @@ def _decode_base64(text: str) -> bytes:
 
 
 def _to_rgb(data: bytes) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL has a line for each wrong EXIF tag, 65,000 in one file
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return _checked(data)
+
+
+def _checked(data: bytes) -> np.ndarray:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageTooLargeError(_too_many_pixels()) from None
     except Exception:
@@ -88,11 +93,10 @@ def _flatten(image: Image.Image) -> Image.Image:
     """Any PIL mode → RGB, transparent parts on white."""
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip instead of scaling
         grey = np.asarray(image)
-        clear = (
-            grey == image.info["transparency"] if "transparency" in image.info else np.zeros_like(grey, bool)
-        )
-        scaled = np.where(clear, 255, (grey.astype(np.int64) // 257).clip(0, 255))
-        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+        scaled = (grey // 257).clip(0, 255).astype(np.uint8)
+        if "transparency" in image.info:
+            scaled[grey == image.info["transparency"]] = 255
+        return Image.fromarray(scaled).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

@@ -14,7 +14,7 @@ import torch
 
 from core.deadline import Deadline
 from core.delivery import CONTENT_TYPE, Deliver, inlined
-from core.errors import GpuError, OutOfMemoryError
+from core.errors import OutOfMemoryError
 from core.fetch import fetch_url
 from core.images import Fetch, decode_image
 from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
@@ -88,11 +88,6 @@ def run_job(
 
         try:
             video, retried = _with_memory_retry(models, timer, generate)
-        except Exception as error:
-            if memory.is_gpu_failure(error):
-                log.exception("the GPU failed")
-                raise GpuError("The GPU failed during this job; the worker is being replaced.") from error
-            raise
         finally:
             memory.release_unused_memory(models.device)
         report(

@@ -27,10 +27,10 @@ class JsonFormatter(logging.Formatter):
         return json.dumps({"requestId": current_job.get(), "message": super().format(record), "level": level})
 
 
-def configure(*, as_json: bool) -> None:
-    """Log INFO and above to stderr, one line a record."""
+def configure(*, as_json: bool, level: int = logging.INFO) -> None:
+    """Log `level` and above to stderr, one line a record."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if as_json else PlainFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)

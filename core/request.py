@@ -21,6 +21,8 @@ from core.errors import RequestError
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 4000
 MAX_LISTED_ERRORS = 3
+MAX_FIELDS = 10_000  # 20 MB of JSON hold two million; refused one by one they would take 2 GB
+MAX_SHOWN = 40  # characters of what the caller wrote
 
 
 def _whole_number(value: Any) -> Any:
@@ -51,11 +53,11 @@ class S3Config(BaseModel):
     bucketName: str = Field(description="Name of the bucket.", pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{1,254}$")
     endpointUrl: str = Field(
         description="https address of the S3-compatible service, on the public internet.",
-        pattern=r"^https://[^\s/?#@\\]+/?$",
+        pattern=r"^https://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?/?$",  # as botocore takes it
         max_length=512,
     )
     region: str | None = Field(
-        None, description="Region, where the service wants one.", pattern=r"^[a-z0-9-]{1,64}$"
+        None, description="Region, where the service wants one.", pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$"
     )
     sessionToken: str | None = Field(
         None, description="For temporary credentials.", max_length=4096, repr=False
@@ -154,16 +156,23 @@ def parse_request(data: Any) -> VideoRequest:
     """Validate one job's input. Raises RequestError with one sentence that says what is wrong."""
     if not isinstance(data, dict):
         raise RequestError(f"The input must be a JSON object, not {_kind(data)}.")
+    _check_size("The input", data)
     values: dict[str, Any] = {}
     for key, value in data.items():
-        name = ALIASES.get(key, _printable(key))
+        name = ALIASES.get(key, _unicode(key))
         if name in values:
-            raise RequestError(f"`{name}` is given twice, the second time as `{_short(key)}`.")
+            raise RequestError(f"`{_short(name)}` is given twice, the second time as `{_short(key)}`.")
+        _check_size(f"`{_short(name)}`", value)
         values[name] = value
     try:
         return VideoRequest.model_validate(values)
     except ValidationError as error:
         raise RequestError(_sentence(error)) from None
+
+
+def _check_size(what: str, value: Any) -> None:
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise RequestError(f"{what} has too many fields ({len(value)}).")
 
 
 def _sentence(error: ValidationError) -> str:
@@ -241,11 +250,12 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
-def _printable(text: Any) -> str:
-    """`text` on one line, lone surrogates replaced: JSON may hold both, in names as in values."""
-    return " ".join(str(text).encode("utf-8", "replace").decode("utf-8").split())
+def _unicode(name: str) -> str:
+    """Without lone surrogates, which JSON may hold and pydantic has no field for."""
+    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def _short(text: str) -> str:
-    text = _printable(text)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    """What can be shown of `text` on one line: no control characters, no change of direction."""
+    shown = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text[:MAX_SHOWN])
+    return shown if len(text) <= MAX_SHOWN else f"{shown[:-3]}..."

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from core.delivery import Deliver, Delivery
-from core.errors import CancelledError, ResultTooLargeError, WorkerError, error_reply
+from core.errors import CancelledError, GpuError, ResultTooLargeError, WorkerError, error_reply
 from core.logs import current_job
 from core.progress import Progress
 from core.settings import Settings
@@ -67,9 +68,9 @@ class Worker:
         except WorkerError as error:
             log.info("%s: %s", error.code, error)
             return error_reply(error)
-        except Exception:
+        except Exception as error:
             log.exception("job %s failed", job_id)
-            return error_reply(WorkerError(f"The worker failed on this job; its log names it {job_id}."))
+            return error_reply(_told(error, job_id))
         finally:
             current_job.set(None)
 
@@ -113,6 +114,16 @@ class Worker:
                 from core.pipeline import initialize_models as load
             self._models = load()
         return self._models
+
+
+def _told(error: Exception, job_id: str) -> WorkerError:
+    """What the caller hears of an exception that nobody foresaw."""
+    if "torch" in sys.modules:
+        from diffusers_helper.memory import is_gpu_failure
+
+        if is_gpu_failure(error):
+            return GpuError("The GPU failed during this job; the worker is being replaced.")
+    return WorkerError(f"The worker failed on this job; its log names it {job_id}.")
 
 
 class RecentReplies:

@@ -14,6 +14,7 @@ from pathlib import Path
 import boto3
 import httpx
 import pytest
+from botocore.exceptions import ClientError, HTTPClientError
 from moto.server import ThreadedMotoServer
 
 from core.delivery import MAX_ATTEMPTS, PART_BYTES, Bucket, Delivery, inlined
@@ -286,6 +287,34 @@ def test_a_missing_bucket_is_named(tmp_path, settings, s3):
     environment = settings(bucket_name="nobodys", bucket_endpoint_url=s3, inline_limit_mb=1, **KEYS)
     with pytest.raises(UploadError, match=r"bucket nobodys \(NoSuchBucket\)"):
         Delivery(environment)(video(tmp_path, 2 * MB), "job", asking("auto"), nothing)
+
+
+def service_error(code):
+    return ClientError({"Error": {"Code": code}}, "PutObject")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (service_error("SlowDown"), "SlowDown"),
+        (service_error("404"), "404"),
+        (service_error("Access\nDenied"), "ClientError"),
+        (service_error("x" * 65), "ClientError"),
+        (service_error(None), "ClientError"),
+        (HTTPClientError(error="the key is a-secret"), "HTTPClientError"),
+    ],
+)
+def test_why_an_upload_failed_is_one_word(tmp_path, settings, monkeypatch, error, reason):
+    """Whatever the storage says; the sentence goes to the caller and into the log."""
+
+    def fail(upload):
+        raise error
+
+    monkeypatch.setattr("core.delivery._Upload._run", fail)
+    with pytest.raises(UploadError, match=rf"bucket videos \({reason}\)\.$"):
+        Delivery(settings(bucket_name="videos", inline_limit_mb=0))(
+            video(tmp_path, 10), "job", asking("auto"), nothing
+        )
 
 
 @pytest.mark.usefixtures("no_backoff")

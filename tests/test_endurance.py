@@ -58,19 +58,21 @@ def quick_input(**fields) -> dict:
     } | fields
 
 
+def resident_memory() -> int:
+    """Bytes, once what is free has been returned to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def run_jobs() -> None:
     """Run fifty jobs, a refused one after each; print as JSON what the process holds after every tenth."""
     import handler
     from core.worker import Worker
 
-    libc = ctypes.CDLL(None)
-
     def held() -> dict:
-        gc.collect()
-        libc.malloc_trim(0)
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
         return {
-            "memory": pages * os.sysconf("SC_PAGE_SIZE"),
+            "memory": resident_memory(),
             "descriptors": len(list(Path("/proc/self/fd").iterdir())),
             "threads": threading.active_count(),
             "files": sorted(path.name for path in Path(tempfile.gettempdir()).iterdir()),

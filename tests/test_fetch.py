@@ -1044,6 +1044,17 @@ def test_a_hostile_service_ends_the_upload(internet, site, page):
 
 
 @pytest.mark.usefixtures("no_backoff")
+def test_a_service_that_redirects_everything_is_left(internet, site):
+    """botocore by itself goes on until Python's stack is full."""
+    site.pages |= dict.fromkeys(["/videos/a", "/videos"], answer(status="301 Moved"))
+    client = s3_client()
+    with pytest.raises(ClientError, match="301"):
+        client.put_object(Bucket="videos", Key="a", Body=b"x")
+    assert len(site.requests) == 2
+    client.close()
+
+
+@pytest.mark.usefixtures("no_backoff")
 @pytest.mark.parametrize("page", [until_closed, dripping(answer(A="b" * 200))], ids=["silent", "dripping"])
 def test_a_client_has_a_deadline(internet, site, page):
     site.pages["/videos/a"] = page

@@ -148,6 +148,17 @@ class TestOutOfMemory:
         assert reply["code"] == "out_of_memory" and reply["refresh_worker"] is True
         assert "video_base64" in worker.submit("b", data).result()
 
+    def test_a_lost_gpu_asks_for_a_fresh_worker(self, data, demo_models, monkeypatch):
+        """Even where tidying up after it fails as well, as it does on a context that is gone."""
+
+        def lost(*_, **__):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(core.job, "generate_video_sync", lost)
+        monkeypatch.setattr(core.job.memory, "release_unused_memory", lost)
+        reply = Worker(lambda: demo_models).submit("a", data).result()
+        assert reply["code"] == "gpu_failed" and reply["refresh_worker"] is True
+
     def test_other_errors_are_not_retried(self, data, demo_models, monkeypatch):
         def generate(*args, **options):
             raise ZeroDivisionError

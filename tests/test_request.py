@@ -92,7 +92,7 @@ def refusal(data) -> str:
     assert error.code == "invalid_request"
     assert error.__suppress_context__ or error.__context__ is None  # no second error in the worker's log
     sentence = str(error)
-    assert len(sentence.splitlines()) == 1
+    assert sentence.isprintable()  # on one line, and as it stands: no control characters, no turned text
     assert sentence.endswith(".")
     assert len(sentence) < 400
     assert sentence.encode("utf-8").decode("utf-8") == sentence
@@ -359,6 +359,25 @@ def test_unknown_field_with_a_line_break(name):
     assert "is not a known field" in refused(**{name: 1})
 
 
+@pytest.mark.parametrize("name", [" steps", "steps ", "steps\n", "\tsteps", "st\teps"], ids=ascii)
+def test_white_space_makes_another_field(name):
+    assert "is not a known field (did you mean `steps`?)" in refused(**{name: 5})
+    assert "is not a known field" in refused(**{"steps": 5, name: 5})
+
+
+@pytest.mark.parametrize("text", ["\0", "\x1b[31m", "\x7f", "\u202esteps", "\u200b", "\ue000"], ids=ascii)
+def test_what_cannot_be_printed_is_not_shown(text):
+    refused(**{text: 1})
+    refused(seed=text, model=text, s3Config=BUCKET | {text: 1})
+    assert "twice" in refused(**{text + "\ud800": 1, text + "?": 2})
+
+
+def test_a_million_fields_are_refused_unread():
+    many = {str(number): number for number in range(1_000_000)}
+    assert refusal(many) == "The input has too many fields (1000000)."
+    assert refused(s3Config=many) == "`s3_config` has too many fields (1000000)."
+
+
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
@@ -439,10 +458,27 @@ class TestBucket:
             "https://a b",
             "ftp://s3.example.com",
             "https://evil\\@s3.example.com",
+            "https://s3.exämple.com",
+            "https://my_storage",
+            "https://s3.example.com:",
+            "https://s3.example.com:port",
+            "https://[s3.example.com]",
+            "https://s3.example.com\0",
         ],
     )
     def test_an_endpoint_is_https_and_a_host(self, endpoint):
         assert refused(s3Config=BUCKET | {"endpointUrl": endpoint}).startswith("`s3_config.endpointUrl` must")
+
+    @pytest.mark.parametrize(
+        "endpoint", ["https://s3.example.com:9000/", "https://S3-1.example", "https://[2606:2800::1]:9000"]
+    )
+    def test_endpoints(self, endpoint):
+        assert accepted(s3Config=BUCKET | {"endpointUrl": endpoint}).s3_config.endpointUrl == endpoint
+
+    @pytest.mark.parametrize("region", ["", "-", "-a", "a-", "7", "a" * 64, "EU", "a b", "a\n"])
+    def test_a_region_is_one_that_botocore_takes(self, region):
+        sentence = refused(s3Config=BUCKET | {"region": region})
+        assert sentence == "`s3_config.region` is not the name of a region."
 
     @pytest.mark.parametrize("bucket", ["../other", "a/b", "", "x", "-x", "a" * 300, "bucket\n", "b cket"])
     def test_a_bucket_is_a_name(self, bucket):
