@@ -103,7 +103,7 @@ def bystanders_stay(frames: np.ndarray | Tracks, meaning: Meaning) -> list[bool]
 
 
 def shapes_kept(frames: np.ndarray | Tracks, meaning: Meaning) -> list[bool]:
-    """For every shape that is named: whether the last frame has it, in its colour and about its size by then."""
+    """For every named shape: whether the last frame has it, in its colour and about its size by then."""
     tracks = _tracks(frames)
     kept = []
     for event in meaning:
