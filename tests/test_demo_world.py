@@ -266,6 +266,12 @@ class TestMeasures:
         assert np.ptp(frames[112:], axis=0).max() == 0
         assert followed(frames, scene.meaning)
 
+    def test_who_is_at_the_edge_and_told_to_go_on_has_not_followed(self):
+        scene = Scene(160, 224, GREY, (Shape("circle", "red", 25.0, 80.0, 22.0),))
+        still = render(scene, [0]).repeat(len(CLIP), axis=0)
+        asked = (Event(Action("moves left"), "red", "circle"),)
+        assert travel_ratios(still, asked) == [0.0] and not followed(still, asked)
+
     def test_a_bystander_that_moves_is_noticed(self):
         scene = next(s for s in test_scenes("two", 40) if len(s.meaning) == len(s.shapes) == 2)
         frames = render(scene, CLIP, photograph)

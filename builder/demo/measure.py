@@ -49,8 +49,8 @@ class Course:
 
     @property
     def ratio(self) -> float:
-        """The multiple of the asked course that is nearest to the measured one."""
-        return float(self.measured @ self.asked / (self.asked @ self.asked))
+        """The multiple of the asked course that is nearest to the measured one; 0 with no way to go."""
+        return float(self.measured @ self.asked / max(self.asked @ self.asked, 1e-9))
 
     @property
     def misfit(self) -> float:

@@ -14,7 +14,7 @@ from builder.demo.colours import NAMES, labels
 from builder.demo.flow import CameraPath, camera_path
 from builder.demo.geometry import AREA, SYMMETRY
 
-LEAST_AREA = 0.002  # of the frame, for a colour to be there
+LEAST_AREA = 0.001  # of the frame, for a colour to be there
 _REACH = 2.0  # pixels further from the middle are not the shape's, in radii of a circle of its area
 
 
