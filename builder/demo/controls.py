@@ -27,11 +27,12 @@ def wrong_meanings(scene: Scene, rng: random.Random) -> dict[str, Meaning]:
     event = meaning[at]
     wrong = {
         "reversed": _reversed(event),
-        "other object": _of_another(event, scene, rng),
         "other verb": _doing_another(event, rng),
         "other speed": _at_another_speed(event),
     }
-    return {name: (*meaning[:at], new, *meaning[at + 1 :]) for name, new in wrong.items() if new}
+    meanings = {name: (*meaning[:at], new, *meaning[at + 1 :]) for name, new in wrong.items() if new}
+    others = _of_others(scene, rng)
+    return meanings | ({"other object": others} if others else {})
 
 
 def _reversed(event: Event) -> Event | None:
@@ -39,35 +40,40 @@ def _reversed(event: Event) -> Event | None:
     return replace(event, action=replace(event.action, verb=verb)) if verb != event.action.verb else None
 
 
-def _of_another(event: Event, scene: Scene, rng: random.Random) -> Event | None:
-    """Of a shape that is there, if there is another one, else of one that is not."""
+def _of_others(scene: Scene, rng: random.Random) -> Meaning | None:
+    """Two events change places; one becomes that of a bystander, or of a colour that is not there.
+
+    None where that would be no less true, or could not be seen: what stays, what turns and is round.
+    """
+    meaning = scene.meaning
+    if len(meaning) == 2:
+        first, second = meaning
+        swapped = (replace(first, action=second.action), replace(second, action=first.action))
+        return swapped if all(map(_can_be_seen, swapped)) else None
+    (event,) = meaning
     if event.kind is None or event.action.verb == "stays":
-        return None  # the others stay too
-    others = [
-        s for s in scene.shapes if s.colour != event.colour and (s.action is None or s.action != event.action)
-    ]
-    if others:
-        other = rng.choice(others)
-        if "turns" in event.action.verb and other.kind not in SYMMETRY:
-            return None  # nobody can see whether that turns
-        return replace(event, colour=other.colour, kind=other.kind)
-    absent = [name for name in NAMES if name not in {event.colour, event.action.colour}]
-    return replace(event, colour=rng.choice(absent))
+        return None
+    bystanders = [(shape.colour, shape.kind) for shape in scene.shapes if shape.action is None]
+    absent = [(name, event.kind) for name in NAMES if name not in {event.colour, event.action.colour}]
+    colour, kind = rng.choice(bystanders or absent)
+    other = replace(event, colour=colour, kind=kind)
+    return (other,) if _can_be_seen(other) else None
+
+
+def _can_be_seen(event: Event) -> bool:
+    return event.kind in SYMMETRY or not event.action.verb.startswith("turns")
 
 
 def _doing_another(event: Event, rng: random.Random) -> Event:
+    """Something of another sort: not only another direction."""
+    sort = event.action.verb.split()[0]
     verbs = CAMERA_VERBS if event.kind is None else SHAPE_VERBS
-    first = event.action.verb.split()[0]
-    others = [
-        verb
-        for verb in verbs
-        if verb.split()[0] != first and (event.kind in SYMMETRY or not verb.startswith("turns"))
-    ]
-    verb = rng.choice(others)
-    colour = (
-        rng.choice([name for name in NAMES if name != event.colour]) if verb == "changes colour" else None
-    )
-    return replace(event, action=Action(verb, event.action.speed, colour))
+    others = [replace(event, action=Action(verb)) for verb in verbs if verb.split()[0] != sort]
+    other = rng.choice([other for other in others if _can_be_seen(other)])
+    if other.action.verb == "changes colour":
+        colour = rng.choice([name for name in NAMES if name != event.colour])
+        return replace(other, action=Action("changes colour", colour=colour))
+    return other
 
 
 def _at_another_speed(event: Event) -> Event | None:

@@ -49,8 +49,8 @@ class Course:
 
     @property
     def ratio(self) -> float:
-        """The multiple of the asked course that is nearest to the measured one."""
-        return float(self.measured @ self.asked / (self.asked @ self.asked))
+        """The multiple of the asked course that is nearest to the measured one; 0 with no way to go."""
+        return float(self.measured @ self.asked / max(self.asked @ self.asked, 1e-9))
 
     @property
     def misfit(self) -> float:
@@ -103,7 +103,7 @@ def bystanders_stay(frames: np.ndarray | Tracks, meaning: Meaning) -> list[bool]
 
 
 def shapes_kept(frames: np.ndarray | Tracks, meaning: Meaning) -> list[bool]:
-    """For every shape that is named: whether the last frame has it, in its colour and about its size by then."""
+    """For every named shape: whether the last frame has it, in its colour and about its size by then."""
     tracks = _tracks(frames)
     kept = []
     for event in meaning:

@@ -103,7 +103,7 @@ def amount(action: Action, times: np.ndarray, room: float = math.inf) -> np.ndar
 
 
 def room_for(action: Action, x: float, y: float, radius: float, height: float, width: float) -> float:
-    """How far a shape at (x, y) may move before its edge is within MARGIN of the frame's, in shorter sides."""
+    """How far a shape at (x, y) can go until its edge is within MARGIN of the frame's, in shorter sides."""
     short = min(height, width)
     clear = radius + MARGIN * short
     along = []

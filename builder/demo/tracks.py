@@ -14,7 +14,7 @@ from builder.demo.colours import NAMES, labels
 from builder.demo.flow import CameraPath, camera_path
 from builder.demo.geometry import AREA, SYMMETRY
 
-LEAST_AREA = 0.002  # of the frame, for a colour to be there
+LEAST_AREA = 0.001  # of the frame, for a colour to be there
 _REACH = 2.0  # pixels further from the middle are not the shape's, in radii of a circle of its area
 
 
@@ -37,7 +37,7 @@ class Track:
 
 
 class Tracks:
-    """The colours of one clip, (T, H, W, 3) uint8, and its camera; each is looked for once, when asked for."""
+    """The colours of one clip, (T, H, W, 3) uint8, and its camera; each is found once, when asked for."""
 
     def __init__(self, frames: np.ndarray):
         self.frames = frames
@@ -83,7 +83,7 @@ class Tracks:
         return area > 0 and area > 0.7 * self.mask(colour, 0).sum()
 
     def _followed(self, colour: str) -> Track:
-        """In each frame the pixels about the place of the frame before: another shape may pass through its colour."""
+        """In each frame near its place in the frame before: another shape may pass through its colour."""
         least = LEAST_AREA * self.height * self.width
         rows, last = [], None
         for frame in range(len(self.frames)):
@@ -105,7 +105,7 @@ def _mean_3x3(frame: np.ndarray) -> np.ndarray:
 
 
 def _main_part(points: np.ndarray, least: float, last: tuple[np.ndarray, float] | None) -> np.ndarray:
-    """Those of the points (N, 2) that lie together, near the last centre if there was one; `least` or none."""
+    """Those of the points (N, 2) that lie together, near the last centre if there is one; `least` or none."""
     if last is not None:
         points = _near(points, *last)
     for _ in range(2):

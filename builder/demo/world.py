@@ -58,7 +58,7 @@ def _draw(scene: Scene, times: np.ndarray, device: torch.device, photograph: Loa
     image = _background(scene, x, y, scale, photograph)
     for shape in scene.shapes:
         image = _paint(image, shape, scene, times, x, y, scale)
-    frames = image.round_().clamp_(0, 255).byte()
+    frames = image.round().clamp_(0, 255).byte()
     return frames.expand(len(times), scene.height, scene.width, 3)
 
 
