@@ -25,10 +25,10 @@ class PackedHistory:
 
 
 class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
-    """`HunyuanVideoFramepackTransformer3DModel` for inference on one sample.
+    """`HunyuanVideoFramepackTransformer3DModel` with the library's result from the library's weights.
 
-    Same weights, same result as the library's forward; call `output_in_float32()` once after loading to
-    project as the official code does for inference.
+    For one sample, or for several whose prompts have equally many tokens. Call `output_in_float32()` once
+    after loading to project as the official code does for inference.
     """
 
     def output_in_float32(self) -> None:
@@ -46,12 +46,13 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
         history: PackedHistory,
         cache: TeaCache | None = None,
     ) -> torch.Tensor:
-        """Velocity (1, 16, T, h, w), in `proj_out`'s dtype, of latents `hidden_states` of that shape.
+        """Velocity (B, 16, T, h, w), in `proj_out`'s dtype, of latents `hidden_states` of that shape.
 
-        `timestep` and `guidance` are (1,) in the model's dtype (sigma·1000, distilled guidance·1000); text
-        is (1, 512, D) with its boolean mask (1, 512); `image_embeds` are (1, patches, D).
+        `timestep` and `guidance` are (B,) in the model's dtype (sigma·1000, distilled guidance·1000); text
+        is (1, 512, D) with its boolean mask (1, 512), or (B, n, D) with a mask that is true everywhere;
+        `image_embeds` are (B, patches, D).
         """
-        _, _, frames, height, width = hidden_states.shape
+        batch, _, frames, height, width = hidden_states.shape
         tokens, rotary = self._pack(hidden_states, history)
         temb, _ = self.time_text_embed(timestep, pooled_projections, guidance)
         context = self._context(timestep, encoder_hidden_states, encoder_attention_mask, image_embeds)
@@ -70,9 +71,9 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
         tokens = self.norm_out(tokens[:, -section_length:], temb)
         tokens = self.proj_out(tokens.to(self.proj_out.weight.dtype))
         return (
-            tokens.reshape(1, frames, height // p, width // p, -1, 1, p, p)
+            tokens.reshape(batch, frames, height // p, width // p, -1, 1, p, p)
             .permute(0, 4, 1, 5, 2, 6, 3, 7)
-            .reshape(1, -1, frames, height, width)
+            .reshape(batch, -1, frames, height, width)
         )
 
     def _pack(

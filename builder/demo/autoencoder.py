@@ -1,0 +1,125 @@
+"""The demo VAE: the real class, narrow, trained to give clips of the world back.
+
+What made it learn: small steps of the learning rate, resampling layers that begin as the identity, residual
+branches that begin near zero, a term for colour, and a fixed noise on the latents in place of a KL term. The
+noise is also what the posterior has at inference, so that the decoder knows it.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
+    HunyuanVideoDownsampleCausal3D,
+    HunyuanVideoResnetBlockCausal3D,
+    HunyuanVideoUpsampleCausal3D,
+)
+from torch import nn
+
+from builder.demo.flow_matching import warm_cosine
+from diffusers_helper.vae import attend_framewise
+
+CHANNELS = (24, 48, 96, 96)
+RESIDUAL_START = 0.02
+LATENT_NOISE = 0.05
+LATENT_PULL = 1e-4  # on the squared mean, so that latents do not grow without need
+LEARNING_RATE = 1.5e-4
+CHROMA_WEIGHT = 0.5
+EDGE_WEIGHT = 0.5
+
+
+def make_vae(channels: tuple[int, ...] = CHANNELS) -> AutoencoderKLHunyuanVideo:
+    """An untrained VAE in the state that training begins well from."""
+    vae = AutoencoderKLHunyuanVideo(
+        block_out_channels=channels, layers_per_block=1, norm_num_groups=2, scaling_factor=1.0
+    )
+    attend_framewise(vae)
+    for module in vae.modules():
+        if isinstance(module, HunyuanVideoUpsampleCausal3D | HunyuanVideoDownsampleCausal3D):
+            _begin_as_identity(module.conv.conv)
+        elif isinstance(module, HunyuanVideoResnetBlockCausal3D):
+            with torch.no_grad():
+                module.conv2.conv.weight.mul_(RESIDUAL_START)
+                module.conv2.conv.bias.zero_()
+            if module.conv_shortcut is not None:
+                _begin_as_identity(module.conv_shortcut.conv)
+    set_posterior_noise(vae, LATENT_NOISE)
+    return vae
+
+
+def train_vae(
+    vae: AutoencoderKLHunyuanVideo,
+    clips: Iterator[torch.Tensor],
+    steps: int,
+    device: torch.device,
+    report_every: int = 100,
+) -> Iterator[dict]:
+    """Train `vae`; yields `{"step", "loss", "psnr"}` now and then.
+
+    `clips` gives batches (B, 3, T, H, W) in −1…1 on `device`, T = 4k + 1.
+    """
+    vae.to(device).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    encode, decode = vae.encoder, vae.decoder
+    if device.type == "cuda":
+        encode, decode = torch.compile(encode), torch.compile(decode)
+    schedule = warm_cosine(optimizer, steps)
+    for step in range(1, steps + 1):
+        pixels = next(clips)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            mean = vae.quant_conv(encode(pixels))[:, : vae.config.latent_channels].float()
+            latents = mean + LATENT_NOISE * torch.randn_like(mean)
+            decoded = decode(vae.post_quant_conv(latents)).float()
+        loss = reconstruction_loss(decoded, pixels) + LATENT_PULL * mean.square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % report_every == 0:
+            with torch.no_grad():
+                psnr = 10 * math.log10(4 / (decoded.clamp(-1, 1) - pixels).square().mean().item())
+            yield {"step": step, "loss": round(loss.item(), 5), "psnr": round(psnr, 2)}
+    vae.eval()
+
+
+def reconstruction_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error, and that of the colour differences and of the edges, which the eye minds more."""
+    error = decoded - pixels
+    chroma = error - error.mean(dim=1, keepdim=True)
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + CHROMA_WEIGHT * chroma.abs().mean() + EDGE_WEIGHT * edges
+
+
+@torch.no_grad()
+def whiten_latents(vae: AutoencoderKLHunyuanVideo, mean: torch.Tensor, scale: torch.Tensor) -> None:
+    """Fold each latent channel's `mean` and `scale` (16,) into the 1×1 convolutions around the latents.
+
+    Latents then have mean 0 and spread 1 with a scaling factor of 1; pixels stay what they were.
+    """
+    channels = vae.config.latent_channels
+    to_latent, from_latent = vae.quant_conv, vae.post_quant_conv
+    to_latent.bias[:channels] -= mean
+    to_latent.bias[:channels] /= scale
+    to_latent.weight[:channels] /= scale.view(-1, 1, 1, 1, 1)
+    to_latent.bias[channels:] -= 2 * scale.log()  # log of the posterior's variance
+    from_latent.bias += from_latent.weight.flatten(1) @ mean
+    from_latent.weight *= scale.view(1, -1, 1, 1, 1)
+
+
+@torch.no_grad()
+def set_posterior_noise(vae: AutoencoderKLHunyuanVideo, std: float) -> None:
+    """The posterior's spread is `std` whatever the picture."""
+    channels = vae.config.latent_channels
+    vae.quant_conv.weight[channels:] = 0
+    vae.quant_conv.bias[channels:] = 2 * math.log(std)
+
+
+@torch.no_grad()
+def _begin_as_identity(conv: nn.Conv3d) -> None:
+    """Each output channel is an input channel's pixel, with a little noise on all weights."""
+    noise = torch.randn_like(conv.weight) * 0.01 / math.sqrt(conv.weight[0].numel())
+    nn.init.dirac_(conv.weight)
+    conv.weight += noise
+    conv.bias.zero_()

@@ -1,0 +1,88 @@
+"""Flow matching on sections: the loss, the noise levels, the learning rate's schedule, averaged weights."""
+
+import math
+
+import torch
+from torch import nn
+
+from diffusers_helper.schedule import flow_shift_mu
+from diffusers_helper.transformer import FramePackTransformer, PackedHistory
+
+CHANGE_WEIGHT = 4.0  # what moves is little of the picture and all of the task
+TIMESTEPS = 1000.0
+WARM_SHARE, LAST_RATE = 0.03, 0.01
+
+
+def draw_sigmas(count: int, tokens: int, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """(count,) noise levels, spread as the sampler's steps are over a section of so many tokens."""
+    t = torch.rand(count, generator=generator, device=device).clamp(1e-4, 1.0)
+    shift = math.exp(flow_shift_mu(tokens))
+    return shift / (shift + 1 / t - 1)
+
+
+def flow_loss(
+    model: FramePackTransformer,
+    target: torch.Tensor,
+    history: PackedHistory,
+    text: torch.Tensor,
+    pooled: torch.Tensor,
+    image_embeds: torch.Tensor,
+    guidance: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Squared error of the velocity noise − x0 at x = (1 − σ)·x0 + σ·noise, σ drawn for each sample.
+
+    `target` is (B, 16, T, h, w); `text` (B, n, D) are the prompts' real tokens, equally many in a batch;
+    `guidance` (B,) is the distilled guidance scale. Pixels that differ from the start frame weigh more.
+    """
+    batch, _, frames, height, width = target.shape
+    p = model.config.patch_size
+    sigmas = draw_sigmas(batch, frames * (height // p) * (width // p), target.device, generator)
+    noise = torch.randn(target.shape, generator=generator, device=target.device)
+    sigma = sigmas.view(-1, 1, 1, 1, 1)
+    velocity = model(
+        hidden_states=(1 - sigma) * target + sigma * noise,
+        timestep=sigmas * TIMESTEPS,
+        guidance=guidance * TIMESTEPS,
+        encoder_hidden_states=text,
+        encoder_attention_mask=torch.ones(text.shape[:2], dtype=torch.bool, device=text.device),
+        pooled_projections=pooled,
+        image_embeds=image_embeds,
+        history=history,
+    ).float()
+    start = history.latents_clean[:, :, :1].float()
+    weight = 1 + CHANGE_WEIGHT * (target - start).square().mean(dim=1, keepdim=True)
+    return (weight * (velocity - (noise - target)).square()).sum() / (weight.sum() * target.shape[1])
+
+
+def warm_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate over `steps`: up from zero in the first 3 %, then a cosine down to a hundredth."""
+    warm = max(1, round(WARM_SHARE * steps))
+
+    def factor(step: int) -> float:
+        cosine = (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
+        return min(1.0, (step + 1) / warm) * (LAST_RATE + (1 - LAST_RATE) * cosine)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class AveragedWeights:
+    """An exponential average of a module's parameters, which samples better than the newest ones."""
+
+    def __init__(self, module: nn.Module, decay: float = 0.9995) -> None:
+        self._decay = decay
+        self._averages = {name: p.detach().clone().float() for name, p in module.named_parameters()}
+        self._updates = 0
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self._updates += 1
+        decay = min(self._decay, (1 + self._updates) / (10 + self._updates))  # little memory at first
+        names, parameters = zip(*module.named_parameters(), strict=True)
+        averages = [self._averages[name] for name in names]
+        torch._foreach_lerp_(averages, [p.detach().float() for p in parameters], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.copy_(self._averages[name])

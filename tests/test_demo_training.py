@@ -1,0 +1,234 @@
+"""Training of the demo models, piece by piece: what is trained is what the sampler runs."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from builder.demo import autoencoder, bank, flow_matching, layouts, transformer
+from builder.demo.encoders import Encoders, write_encoders
+from core.pipeline.sampling import pack_history
+from core.pipeline.sections import HISTORY_FRAMES
+from diffusers_helper.text import encode_prompt
+from diffusers_helper.transformer import FramePackTransformer
+
+CPU = torch.device("cpu")
+PROMPTS = [
+    "the red circle moves to the right",
+    "the blue square grows slowly",
+    "the camera zooms in",
+    "a green triangle turns and a red circle moves up",
+]
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    write_encoders(folder, PROMPTS, seed=0)
+    return Encoders(folder, CPU)
+
+
+class Sampler:
+    """What the section loop looks at."""
+
+    device, transformer_dtype = CPU, torch.float32
+
+
+@pytest.mark.parametrize("direction", ["i2v", "f1"])
+def test_a_section_is_cut_as_the_sampler_would_meet_it(direction):
+    """Run the section loop with the clip's own latents for what it samples: every history is the same."""
+    clip = torch.randn(2, 16, layouts.CLIP_LATENTS, 4, 6)
+    start = clip[:, :, :1]
+    history = torch.zeros(2, 16, HISTORY_FRAMES, 4, 6)
+    history = torch.cat([history, start], dim=2) if direction == "f1" else history
+    sampled = {}
+    for section in layouts.training_plan(direction).sections:
+        expected = pack_history(section, start, history, direction == "f1", Sampler)
+        target, packed = layouts.cut_section(clip, section, direction, section.index, torch.float32)
+        for name, value in vars(expected).items():
+            assert torch.equal(getattr(packed, name), value), name
+        sampled[section.index] = target
+        both = [history, target] if direction == "f1" else [target, history]
+        history = torch.cat(both, dim=2)
+    order = sorted(sampled, reverse=direction == "i2v")
+    assert torch.equal(torch.cat([start, *(sampled[index] for index in order)], dim=2), clip)
+
+
+def test_a_shorter_video_has_less_behind_it():
+    clip = torch.randn(1, 16, layouts.CLIP_LATENTS, 4, 4)
+    last = layouts.training_plan("i2v").sections[-1]  # padding 0
+    _, nothing = layouts.cut_section(clip, last, "i2v", 0, torch.float32)
+    _, one = layouts.cut_section(clip, last, "i2v", 1, torch.float32)
+    assert not nothing.latents_history_4x.any() and not nothing.latents_clean[:, :, 1:].any()
+    assert torch.equal(one.latents_history_4x[:, :, :6], clip[:, :, 13:19])
+    assert not one.latents_history_4x[:, :, 6:].any()
+
+
+def test_history_noise_spares_the_start_and_what_is_empty():
+    clip = torch.randn(2, 16, layouts.CLIP_LATENTS, 4, 4)
+    section = layouts.training_plan("i2v").sections[2]  # padding 1
+    target, packed = layouts.cut_section(
+        clip, section, "i2v", 1, torch.float32, torch.full((2, 1, 1, 1, 1), 0.3)
+    )
+    assert torch.equal(packed.latents_clean[:, :, :1], clip[:, :, :1])
+    assert torch.equal(target, clip[:, :, 10:19])
+    noise = packed.latents_clean[:, :, 1:] - clip[:, :, 19:20]
+    assert 0.2 < noise.std() < 0.4
+    assert not packed.latents_history_4x[:, :, 6:].any()
+
+
+def test_encoders_in_batches_give_what_the_worker_gets(encoders):
+    for prompt, (hidden, pooled) in zip([*PROMPTS, ""], encoders.text([*PROMPTS, ""], batch=2), strict=True):
+        expected = encode_prompt(
+            prompt,
+            tokenizer=encoders.tokenizer,
+            text_encoder=encoders.text_encoder,
+            tokenizer_2=encoders.tokenizer_2,
+            text_encoder_2=encoders.text_encoder_2,
+            device=CPU,
+        )
+        tokens = int(expected.encoder_attention_mask.sum())
+        assert hidden.shape[0] == tokens
+        torch.testing.assert_close(hidden, expected.encoder_hidden_states[0, :tokens], atol=1e-6, rtol=0)
+        assert torch.equal(pooled, expected.pooled_projections[0])
+
+
+def test_the_tokenizers_take_any_text(encoders):
+    text = "Ein Kätzchen 🐈 tanzt."
+    ids = encoders.tokenizer(text).input_ids
+    assert encoders.tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert len(encoders.tokenizer_2(text).input_ids) > 8
+    assert encoders.tokenizer_2.unk_token_id not in encoders.tokenizer_2(PROMPTS[0]).input_ids[1:-1]
+
+
+def tiny_transformer() -> FramePackTransformer:
+    torch.manual_seed(0)
+    return FramePackTransformer(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=64,
+        pooled_projection_dim=48,
+        rope_axes_dim=(4, 6, 6),
+        has_image_proj=True,
+        image_proj_dim=64,
+        has_clean_x_embedder=True,
+    ).eval()
+
+
+def test_a_batch_is_its_samples_one_by_one():
+    model = tiny_transformer()
+    clip = torch.randn(3, 16, layouts.CLIP_LATENTS, 4, 4)
+    section = layouts.training_plan("f1").sections[1]
+    target, history = layouts.cut_section(clip, section, "f1", 1, torch.float32)
+    values = {
+        "hidden_states": target,
+        "timestep": torch.tensor([900.0, 500.0, 20.0]),
+        "guidance": torch.tensor([10_000.0, 1000.0, 5000.0]),
+        "encoder_hidden_states": torch.randn(3, 7, 64),
+        "encoder_attention_mask": torch.ones(3, 7, dtype=torch.bool),
+        "pooled_projections": torch.randn(3, 48),
+        "image_embeds": torch.randn(3, 16, 64),
+    }
+    with torch.no_grad():
+        together = model(**values, history=history)
+        for i in range(3):
+            one = {name: value[i : i + 1] for name, value in values.items()}
+            _, alone = layouts.cut_section(clip[i : i + 1], section, "f1", 1, torch.float32)
+            velocity = model(**one, history=alone)
+            torch.testing.assert_close(together[i : i + 1], velocity, atol=1e-5, rtol=1e-4)
+
+
+def test_noise_levels_are_spread_as_the_schedule_is():
+    sigmas = flow_matching.draw_sigmas(20_000, 1296, CPU, torch.Generator().manual_seed(0))
+    shift = math.exp(0.5 + (1296 - 256) * 0.65 / 3840)
+    assert sigmas.min() > 0 and sigmas.max() <= 1
+    assert sigmas.median().item() == pytest.approx(shift / (shift + 1), abs=0.01)
+
+
+def test_the_averages_follow_the_weights():
+    module = nn.Linear(2, 2)
+    averages = flow_matching.AveragedWeights(module, decay=0.9)
+    with torch.no_grad():
+        module.weight.fill_(1.0)
+    for _ in range(200):
+        averages.update(module)
+    other = nn.Linear(2, 2)
+    averages.copy_to(other)
+    assert torch.allclose(other.weight, torch.ones(2, 2), atol=1e-3)
+
+
+def moving_clips(count: int) -> torch.Tensor:
+    """(count, 145, 64, 64, 3) uint8: a bright square on grey, each at its own speed."""
+    clips = torch.full((count, layouts.CLIP_FRAMES, 64, 64, 3), 100, dtype=torch.uint8)
+    for clip, frame in itertools.product(range(count), range(layouts.CLIP_FRAMES)):
+        left = 4 + frame * (clip + 1) // 16
+        clips[clip, frame, 24:40, left : left + 16] = torch.tensor([230, 40, 40], dtype=torch.uint8)
+    return clips
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return autoencoder.make_vae((4, 8, 8, 8))
+
+
+def test_the_vae_learns(vae, monkeypatch):
+    """At a rate for a tiny one: the real one has time."""
+    monkeypatch.setattr(autoencoder, "LEARNING_RATE", 3e-3)
+    pixels = moving_clips(1)[:, :1, 16:48, :32].permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    rows = list(autoencoder.train_vae(vae, itertools.repeat(pixels), 100, CPU, report_every=50))
+    assert rows[-1]["psnr"] > rows[0]["psnr"] + 5
+    assert not vae.training
+
+
+def test_white_latents_show_the_same_pixels(vae):
+    pixels = moving_clips(2)[:, :9]
+    x = pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    with torch.no_grad():
+        before = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        autoencoder.whiten_latents(vae, *bank.latent_statistics(vae, lambda: pixels, 1))
+        after = vae.decode(vae.encode(x).latent_dist.mode()).sample
+    assert (after - before).abs().max() < 1e-4
+    mean, spread = bank.latent_statistics(vae, lambda: pixels, 1)
+    assert mean.abs().max() < 1e-3
+    assert (spread - 1).abs().max() < 1e-3
+
+
+def test_the_transformer_learns_from_a_bank(encoders, vae):
+    clips = bank.ClipBank(vae, encoders, seed=0)
+    clips.add(moving_clips(2), [[PROMPTS[0], PROMPTS[1]], [PROMPTS[2]]])
+    clips.encode_prompts()
+    assert len(clips) == 2
+    model = tiny_transformer()
+    nn.init.zeros_(model.proj_out.weight)
+    rows = list(transformer.train_transformer(model, clips, 30, batch=2, device=CPU, seed=0, report_every=10))
+    assert rows[-1]["loss"] < 0.97 * rows[0]["loss"]
+    assert not model.training
+
+
+def test_a_batch_of_the_bank_belongs_together(encoders, vae):
+    clips = bank.ClipBank(vae, encoders, seed=0)
+    clips.add(moving_clips(2), [[PROMPTS[0], PROMPTS[3]], [PROMPTS[2]]])
+    clips.encode_prompts()
+    tokens = [len(hidden) for hidden, _ in encoders.text(PROMPTS)]
+    seen = set()
+    for _ in range(50):
+        batch = clips.draw(3, no_text=0.2)
+        assert batch.latents.shape == (3, 16, 37, 8, 8)
+        assert batch.text.shape[0] == batch.pooled.shape[0] == len(batch.image_embeds) == 3
+        seen.add(batch.text.shape[1])
+    empty = len(encoders.text([""])[0][0])
+    assert seen == {tokens[0], tokens[2], tokens[3], empty}
+
+
+def test_the_real_one_has_its_size_and_begins_with_nothing():
+    model = transformer.make_transformer()
+    assert sum(p.numel() for p in model.parameters()) == 13_752_128
+    zero = [name for name, p in model.named_parameters() if not p.any() and name.endswith("linear.weight")]
+    assert len(zero) == 12
+    assert not model.proj_out.weight.any()
