@@ -108,12 +108,15 @@ def shapes_kept(frames: np.ndarray | Tracks, meaning: Meaning) -> list[bool]:
     kept = []
     for event in meaning:
         if event.kind is not None:
-            first = tracks.of(event.colour).spread[0]
+            track = tracks.of(event.colour)
+            first = track.place(0)
             done = float(amount(event.action, len(tracks.frames) - 1))
             changed = event.action.colour is not None and done > 0.5
-            last = tracks.of(event.action.colour if changed else event.colour).spread[-1]
+            last = tracks.at_the_end(event.action.colour, first) if changed else track.place(-1)
             grown = event.action.sign * done if event.action.verb in {"grows", "shrinks"} else 0.0
-            kept.append(bool(KEPT[0] <= last / first / math.exp(grown) <= KEPT[1]))  # NaN: not there
+            kept.append(
+                bool(KEPT[0] <= last.spread / first.spread / math.exp(grown) <= KEPT[1])
+            )  # NaN: not there
     return kept
 
 
@@ -183,8 +186,8 @@ def _shape_course(tracks: Tracks, track: Track, event: Event) -> Course:
 
 def _colour_course(tracks: Tracks, event: Event) -> Course | None:
     """By the mean colour where the shape was in the first frame, away from its edge."""
-    old, new = tracks.of(event.colour), tracks.of(event.action.colour)
-    if not old.found[0]:
+    old = tracks.of(event.colour).place(0)
+    if not old.area:
         return None
     place = _inner(tracks.mask(event.colour, 0))
     colours = tracks.smooth[:, place].mean(1)
@@ -194,8 +197,9 @@ def _colour_course(tracks: Tracks, event: Event) -> Course | None:
     alone = True
     if amount(event.action, times[-1]) > 0.9:
         ends_so = NAMES.index(event.action.colour) == nearest_colour(colours[-1])
-        shift = math.hypot(new.x[-1] - old.x[0], new.y[-1] - old.y[0]) / min(tracks.height, tracks.width)
-        grown = abs(math.log(new.spread[-1] / old.spread[0]))
+        new = tracks.at_the_end(event.action.colour, old)
+        shift = math.hypot(new.x - old.x, new.y - old.y) / min(tracks.height, tracks.width)
+        grown = abs(math.log(new.spread / old.spread))
         # twice the usual tolerance, as colours are found up to different depths of a blurred edge
         alone = ends_so and shift < STILL and grown < 2 * STEADY  # false where it is not found: NaN
     return _compared(event.action, times, measured, alone)

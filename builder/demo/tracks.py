@@ -7,6 +7,7 @@ noise), and pixels far from the others' middle are left out (against stray ones 
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,14 +19,31 @@ LEAST_AREA = 0.001  # of the frame, for a colour to be there
 _REACH = 2.0  # pixels further from the middle are not the shape's, in radii of a circle of its area
 
 
+class Place(NamedTuple):
+    """Where a colour is in one frame."""
+
+    x: float
+    y: float
+    area: float  # pixels; 0 where the colour is not there, and the others NaN
+    spread: float = (
+        math.nan
+    )  # root mean square distance from the centre: what blur and thin arms change least
+
+
+NOWHERE = Place(math.nan, math.nan, 0)
+
+
 @dataclass(frozen=True)
 class Track:
-    """One colour over time, (T,) each; NaN where `area` is 0."""
+    """A colour's places over time, (T,) each."""
 
     x: np.ndarray
     y: np.ndarray
-    area: np.ndarray  # pixels; 0 where the colour is not there
-    spread: np.ndarray  # root mean square distance from the centre: what blur and thin arms change least
+    area: np.ndarray
+    spread: np.ndarray
+
+    def place(self, frame: int) -> Place:
+        return Place(self.x[frame], self.y[frame], self.area[frame], self.spread[frame])
 
     @property
     def found(self) -> np.ndarray:
@@ -66,6 +84,10 @@ class Tracks:
         """The colours of the first frame that are shapes there: many pixels, close together."""
         return [colour for colour in NAMES if self._is_compact(colour)]
 
+    def at_the_end(self, colour: str, place: Place) -> Place:
+        """Of a colour in the last frame, about a place where another one was."""
+        return self._place(colour, -1, place)
+
     def mask(self, colour: str, frame: int) -> np.ndarray:
         return self.labels[frame] == NAMES.index(colour)
 
@@ -73,8 +95,7 @@ class Tracks:
         """Radians clockwise since the first frame, (T,); from frame to frame it is below half a symmetry."""
         track, points = self.of(colour), SYMMETRY[kind]
         phase = [
-            _phase(self.mask(colour, t), track.x[t], track.y[t], track.area[t], points)
-            for t in range(len(self.frames))
+            _phase(self.mask(colour, frame), track.place(frame), points) for frame in range(len(self.frames))
         ]
         return (np.unwrap(phase) - phase[0]) / points
 
@@ -84,18 +105,24 @@ class Tracks:
 
     def _followed(self, colour: str) -> Track:
         """In each frame near its place in the frame before: another shape may pass through its colour."""
-        least = LEAST_AREA * self.height * self.width
-        rows, last = [], None
+        places, last = [], None
         for frame in range(len(self.frames)):
-            points = np.argwhere(self.mask(colour, frame))[:, ::-1] + 0.5
-            part = _main_part(points, least, last)
-            if len(part):
-                centre = part.mean(axis=0)
-                rows.append((*centre, len(part), math.sqrt(np.square(part - centre).sum(-1).mean())))
-                last = (centre, len(part))
-            else:
-                rows.append((math.nan, math.nan, 0, math.nan))
-        return Track(*np.array(rows).T)
+            place = self._place(colour, frame, last)
+            places.append(place)
+            last = place if place.area else last
+        return Track(*np.array(places).T)
+
+    def _place(self, colour: str, frame: int, near: Place | None) -> Place:
+        points = np.argwhere(self.mask(colour, frame))[:, ::-1] + 0.5
+        if near is not None:
+            points = _near(points, near)
+        for _ in range(2):
+            if len(points):
+                points = _near(points, Place(*np.median(points, axis=0), len(points)))
+        if len(points) < LEAST_AREA * self.height * self.width:
+            return NOWHERE
+        x, y = points.mean(axis=0)
+        return Place(x, y, len(points), math.sqrt(np.square(points - (x, y)).sum(-1).mean()))
 
 
 def _mean_3x3(frame: np.ndarray) -> np.ndarray:
@@ -104,26 +131,15 @@ def _mean_3x3(frame: np.ndarray) -> np.ndarray:
     return ((rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4) // 9).astype(np.uint8)
 
 
-def _main_part(points: np.ndarray, least: float, last: tuple[np.ndarray, float] | None) -> np.ndarray:
-    """Those of the points (N, 2) that lie together, near the last centre if there is one; `least` or none."""
-    if last is not None:
-        points = _near(points, *last)
-    for _ in range(2):
-        if len(points) < least:
-            break
-        points = _near(points, np.median(points, axis=0), len(points))
-    return points if len(points) >= least else points[:0]
+def _near(points: np.ndarray, place: Place) -> np.ndarray:
+    distance = np.hypot(points[:, 0] - place.x, points[:, 1] - place.y)
+    return points[distance <= _REACH * math.sqrt(place.area / math.pi)]
 
 
-def _near(points: np.ndarray, centre: np.ndarray, area: float) -> np.ndarray:
-    distance = np.hypot(*(points - centre).T)
-    return points[distance <= _REACH * math.sqrt(area / math.pi)]
-
-
-def _phase(mask: np.ndarray, x: float, y: float, area: float, points: int) -> float:
+def _phase(mask: np.ndarray, place: Place, points: int) -> float:
     """Of the mask's part with so many equal points: `points` times the angle of one of them."""
-    if not area:
+    if not place.area:
         return 0.0
-    points_here = _near(np.argwhere(mask)[:, ::-1] + 0.5, np.array((x, y)), area) - (x, y)
-    distance, angle = np.hypot(*points_here.T), points * np.arctan2(points_here[:, 1], points_here[:, 0])
+    part = _near(np.argwhere(mask)[:, ::-1] + 0.5, place) - (place.x, place.y)
+    distance, angle = np.hypot(*part.T), points * np.arctan2(part[:, 1], part[:, 0])
     return math.atan2((distance**2 * np.sin(angle)).sum(), (distance**2 * np.cos(angle)).sum())
