@@ -154,7 +154,9 @@ def _faults(draw: Any) -> dict:
             key = known + draw(TEXTS)
         case "unknown":
             key = draw(TEXTS)
-    return {key: planted(value) if name in SECRETS else value}
+    field_of_key = ALIASES.get(key, key)
+    secret = field_of_key in SECRETS or (name in SECRETS and field_of_key not in VideoRequest.model_fields)
+    return {key: planted(value) if secret else value}
 
 
 @st.composite

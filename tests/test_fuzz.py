@@ -235,10 +235,8 @@ ADDRESSES = st.one_of(
         | st.ip_addresses().map(str),
         max_size=3,
     ),
-    st.sampled_from(
-        [socket.gaierror(code, "x") for code in (socket.EAI_NONAME, socket.EAI_AGAIN)]
-        + [UnicodeError("x"), OSError("x")]
-    ),
+    st.builds(socket.gaierror, st.sampled_from([socket.EAI_NONAME, socket.EAI_AGAIN]), st.just("x")),
+    st.sampled_from([UnicodeError, OSError]).map(lambda error: error("x")),
 )
 
 
