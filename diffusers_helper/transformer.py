@@ -40,7 +40,7 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
         timestep: torch.Tensor,
         guidance: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        encoder_attention_mask: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None,
         pooled_projections: torch.Tensor,
         image_embeds: torch.Tensor,
         history: PackedHistory,
@@ -49,7 +49,7 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
         """Velocity (B, 16, T, h, w), in `proj_out`'s dtype, of latents `hidden_states` of that shape.
 
         `timestep` and `guidance` are (B,) in the model's dtype (sigma·1000, distilled guidance·1000); text
-        is (1, 512, D) with its boolean mask (1, 512), or (B, n, D) with a mask that is true everywhere;
+        is (1, 512, D) with its boolean mask (1, 512), or (B, n, D) without one, where all of it is real;
         `image_embeds` are (B, patches, D).
         """
         batch, _, frames, height, width = hidden_states.shape
@@ -102,11 +102,17 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
         )
 
     def _context(
-        self, timestep: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, image_embeds: torch.Tensor
+        self,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        mask: torch.Tensor | None,
+        image_embeds: torch.Tensor,
     ) -> torch.Tensor:
         """Image tokens, then the prompt's real tokens; padding is dropped, so no attention mask is needed."""
         text = self.context_embedder(text, timestep, mask)
-        return torch.cat([self.image_projection(image_embeds), text[:, : int(mask.sum())]], dim=1)
+        if mask is not None:
+            text = text[:, : int(mask.sum())]
+        return torch.cat([self.image_projection(image_embeds), text], dim=1)
 
     def _run_blocks(
         self,

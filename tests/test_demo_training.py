@@ -2,13 +2,18 @@
 
 import itertools
 import math
+import random
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from builder.demo import autoencoder, bank, flow_matching, layouts, transformer
+from builder.demo.devices import ahead
 from builder.demo.encoders import Encoders, write_encoders
+from builder.demo.layouts import Cut
+from builder.demo.optimizers import Optimizers
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import HISTORY_FRAMES
 from diffusers_helper.text import encode_prompt
@@ -46,21 +51,26 @@ def test_a_section_is_cut_as_the_sampler_would_meet_it(direction):
     sampled = {}
     for section in layouts.training_plan(direction).sections:
         expected = pack_history(section, start, history, direction == "f1", Sampler)
-        target, packed = layouts.cut_section(clip, section, direction, section.index, torch.float32)
+        window = section.index if direction == "f1" else layouts.SECTIONS - 1 - section.index
+        target, packed = layouts.cut_section(
+            clip, Cut(direction, section, window, known=section.index), torch.float32
+        )
         for name, value in vars(expected).items():
             assert torch.equal(getattr(packed, name), value), name
-        sampled[section.index] = target
+        sampled[window] = target
         both = [history, target] if direction == "f1" else [target, history]
         history = torch.cat(both, dim=2)
-    order = sorted(sampled, reverse=direction == "i2v")
-    assert torch.equal(torch.cat([start, *(sampled[index] for index in order)], dim=2), clip)
+    assert torch.equal(torch.cat([start, *(sampled[at] for at in sorted(sampled))], dim=2), clip)
+
+
+def padding_0(known: int) -> Cut:
+    return Cut("i2v", layouts.training_plan("i2v").sections[-1], 0, known)
 
 
 def test_a_shorter_video_has_less_behind_it():
     clip = torch.randn(1, 16, layouts.CLIP_LATENTS, 4, 4)
-    last = layouts.training_plan("i2v").sections[-1]  # padding 0
-    _, nothing = layouts.cut_section(clip, last, "i2v", 0, torch.float32)
-    _, one = layouts.cut_section(clip, last, "i2v", 1, torch.float32)
+    _, nothing = layouts.cut_section(clip, padding_0(known=0), torch.float32)
+    _, one = layouts.cut_section(clip, padding_0(known=1), torch.float32)
     assert not nothing.latents_history_4x.any() and not nothing.latents_clean[:, :, 1:].any()
     assert torch.equal(one.latents_history_4x[:, :, :6], clip[:, :, 13:19])
     assert not one.latents_history_4x[:, :, 6:].any()
@@ -68,15 +78,41 @@ def test_a_shorter_video_has_less_behind_it():
 
 def test_history_noise_spares_the_start_and_what_is_empty():
     clip = torch.randn(2, 16, layouts.CLIP_LATENTS, 4, 4)
-    section = layouts.training_plan("i2v").sections[2]  # padding 1
-    target, packed = layouts.cut_section(
-        clip, section, "i2v", 1, torch.float32, torch.full((2, 1, 1, 1, 1), 0.3)
-    )
+    padding_1 = Cut("i2v", layouts.training_plan("i2v").sections[2], 1, known=1)
+    target, packed = layouts.cut_section(clip, padding_1, torch.float32, torch.full((2, 1, 1, 1, 1), 0.3))
     assert torch.equal(packed.latents_clean[:, :, :1], clip[:, :, :1])
     assert torch.equal(target, clip[:, :, 10:19])
     noise = packed.latents_clean[:, :, 1:] - clip[:, :, 19:20]
     assert 0.2 < noise.std() < 0.4
     assert not packed.latents_history_4x[:, :, 6:].any()
+
+
+def test_cuts_are_of_sections_that_videos_of_up_to_four_have():
+    rng = random.Random(0)
+    cuts = {Cut.draw(rng) for _ in range(2000)}
+    forward = layouts.training_plan("f1").sections
+    backward = layouts.training_plan("i2v").sections  # padding 3 to 0
+    assert {cut for cut in cuts if cut.direction == "f1"} == {Cut("f1", forward[n], n, n) for n in range(4)}
+    assert {cut for cut in cuts if cut.direction == "i2v"} == {
+        Cut("i2v", backward[3 - at], at, count - 1 - at) for count in range(1, 5) for at in range(count)
+    }
+
+
+def test_late_cuts_have_a_full_history_in_the_midst_of_a_video():
+    rng = random.Random(0)
+    cuts = {Cut.draw(rng, late=True) for _ in range(500)}
+    assert {(cut.direction, cut.section.index, cut.window, cut.known) for cut in cuts} == {
+        ("f1", 3, 3, 3),
+        *(("i2v", 1, window, 3 - window) for window in range(3)),
+    }
+    clip = torch.randn(1, 16, layouts.CLIP_LATENTS, 4, 4)
+    for cut in cuts:
+        target, packed = layouts.cut_section(clip, cut, torch.float32)
+        first = 1 + 9 * cut.window
+        after = clip[:, :, first + 9 : first + 10]
+        nearest = clip[:, :, first - 1 : first] if cut.direction == "f1" else after
+        assert torch.equal(target, clip[:, :, first : first + 9])
+        assert torch.equal(packed.latents_clean, torch.cat([clip[:, :, :1], nearest], dim=2))
 
 
 def test_encoders_in_batches_give_what_the_worker_gets(encoders):
@@ -91,7 +127,7 @@ def test_encoders_in_batches_give_what_the_worker_gets(encoders):
         )
         tokens = int(expected.encoder_attention_mask.sum())
         assert hidden.shape[0] == tokens
-        torch.testing.assert_close(hidden, expected.encoder_hidden_states[0, :tokens], atol=1e-6, rtol=0)
+        torch.testing.assert_close(hidden, expected.encoder_hidden_states[0, :tokens], atol=2e-5, rtol=0)
         assert torch.equal(pooled, expected.pooled_projections[0])
 
 
@@ -123,23 +159,24 @@ def tiny_transformer() -> FramePackTransformer:
 def test_a_batch_is_its_samples_one_by_one():
     model = tiny_transformer()
     clip = torch.randn(3, 16, layouts.CLIP_LATENTS, 4, 4)
-    section = layouts.training_plan("f1").sections[1]
-    target, history = layouts.cut_section(clip, section, "f1", 1, torch.float32)
+    cut = Cut("f1", layouts.training_plan("f1").sections[1], 1, 1)
+    target, history = layouts.cut_section(clip, cut, torch.float32)
     values = {
         "hidden_states": target,
         "timestep": torch.tensor([900.0, 500.0, 20.0]),
         "guidance": torch.tensor([10_000.0, 1000.0, 5000.0]),
         "encoder_hidden_states": torch.randn(3, 7, 64),
-        "encoder_attention_mask": torch.ones(3, 7, dtype=torch.bool),
         "pooled_projections": torch.randn(3, 48),
         "image_embeds": torch.randn(3, 16, 64),
     }
     with torch.no_grad():
-        together = model(**values, history=history)
+        together = model(**values, encoder_attention_mask=None, history=history)
         for i in range(3):
             one = {name: value[i : i + 1] for name, value in values.items()}
-            _, alone = layouts.cut_section(clip[i : i + 1], section, "f1", 1, torch.float32)
-            velocity = model(**one, history=alone)
+            one["encoder_hidden_states"] = nn.functional.pad(one["encoder_hidden_states"], (0, 0, 0, 5))
+            mask = torch.arange(12)[None] < 7
+            _, alone = layouts.cut_section(clip[i : i + 1], cut, torch.float32)
+            velocity = model(**one, encoder_attention_mask=mask, history=alone)
             torch.testing.assert_close(together[i : i + 1], velocity, atol=1e-5, rtol=1e-4)
 
 
@@ -179,9 +216,10 @@ def vae():
 
 def test_the_vae_learns(vae, monkeypatch):
     """At a rate for a tiny one: the real one has time."""
-    monkeypatch.setattr(autoencoder, "LEARNING_RATE", 3e-3)
+    monkeypatch.setattr(autoencoder, "RATE", 3e-3)
+    monkeypatch.setattr(autoencoder, "MATRIX_RATE", 3e-3)
     pixels = moving_clips(1)[:, :1, 16:48, :32].permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    rows = list(autoencoder.train_vae(vae, itertools.repeat(pixels), 100, CPU, report_every=50))
+    rows = list(autoencoder.train_vae(vae, itertools.repeat(pixels), 100, CPU, report_every=10))
     assert rows[-1]["psnr"] > rows[0]["psnr"] + 5
     assert not vae.training
 
@@ -232,3 +270,37 @@ def test_the_real_one_has_its_size_and_begins_with_nothing():
     zero = [name for name, p in model.named_parameters() if not p.any() and name.endswith("linear.weight")]
     assert len(zero) == 12
     assert not model.proj_out.weight.any()
+
+
+def test_late_clips_are_drawn_apart_and_have_their_own_start(encoders, vae):
+    clips = bank.ClipBank(vae, encoders, seed=0)
+    pixels = moving_clips(2)
+    clips.add(pixels, [[PROMPTS[0]], [PROMPTS[1]]])
+    assert not clips.has_late
+    clips.add(pixels.flip(1), [[PROMPTS[0]], [PROMPTS[1]]], starts=pixels[:, :1])
+    assert clips.has_late
+    clips.encode_prompts()
+    early, late = clips.draw(4), clips.draw(4, late=True)
+    begins = bank.encode_clips(vae, pixels[:, :1])[0]
+    assert (late.latents[:, :, :1] - begins).abs().amax() < (late.latents[:, :, 1:2] - begins).abs().amax()
+    assert not torch.equal(early.latents, late.latents)
+
+
+def test_what_is_drawn_ahead_keeps_its_order():
+    def slow_at_times(rng: random.Random, device: torch.device) -> float:
+        time.sleep(0.01 * rng.random())
+        return rng.random()
+
+    drawn = [list(itertools.islice(ahead(slow_at_times, "seed", CPU), 20)) for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 20
+
+
+def test_every_weight_has_one_optimizer_and_moves():
+    model = tiny_transformer()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = Optimizers(model, transformer.is_inside, 10, matrix_rate=1e-2, rate=1e-2)
+    sum(p.square().sum() + p.sum() for p in model.parameters()).backward()
+    optimizers.step()
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
+    assert all(p.grad is None for p in model.parameters())

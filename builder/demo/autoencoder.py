@@ -17,14 +17,14 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
 )
 from torch import nn
 
-from builder.demo.flow_matching import warm_cosine
+from builder.demo.optimizers import Optimizers
 from diffusers_helper.vae import attend_framewise
 
 CHANNELS = (24, 48, 96, 96)
 RESIDUAL_START = 0.02
 LATENT_NOISE = 0.05
 LATENT_PULL = 1e-4  # on the squared mean, so that latents do not grow without need
-LEARNING_RATE = 1.5e-4
+RATE, MATRIX_RATE = 3e-4, 1e-3
 CHROMA_WEIGHT = 0.5
 EDGE_WEIGHT = 0.5
 
@@ -60,11 +60,10 @@ def train_vae(
     `clips` gives batches (B, 3, T, H, W) in −1…1 on `device`, T = 4k + 1.
     """
     vae.to(device).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizers = Optimizers(vae, is_inside, steps, MATRIX_RATE, RATE)
     encode, decode = vae.encoder, vae.decoder
     if device.type == "cuda":
         encode, decode = torch.compile(encode), torch.compile(decode)
-    schedule = warm_cosine(optimizer, steps)
     for step in range(1, steps + 1):
         pixels = next(clips)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -72,16 +71,23 @@ def train_vae(
             latents = mean + LATENT_NOISE * torch.randn_like(mean)
             decoded = decode(vae.post_quant_conv(latents)).float()
         loss = reconstruction_loss(decoded, pixels) + LATENT_PULL * mean.square().mean()
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        optimizers.step()
         if step % report_every == 0:
-            with torch.no_grad():
-                psnr = 10 * math.log10(4 / (decoded.clamp(-1, 1) - pixels).square().mean().item())
-            yield {"step": step, "loss": round(loss.item(), 5), "psnr": round(psnr, 2)}
+            yield {"step": step, "loss": round(loss.item(), 5), "psnr": round(mean_psnr(decoded, pixels), 2)}
     vae.eval()
+
+
+def is_inside(name: str) -> bool:
+    """Whether the parameter is a matrix within the encoder or the decoder, not at their ends."""
+    return not any(end in name for end in ("conv_in", "conv_out", "quant_conv"))
+
+
+@torch.no_grad()
+def mean_psnr(decoded: torch.Tensor, pixels: torch.Tensor) -> float:
+    """Of clips (B, …) in −1…1, in dB."""
+    error = (decoded.clamp(-1, 1) - pixels).square().flatten(1).mean(dim=1)
+    return (10 * (4 / error).log10()).mean().item()
 
 
 def reconstruction_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:

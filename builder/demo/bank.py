@@ -4,11 +4,13 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from einops import rearrange
 
+from builder.demo.devices import on_device
 from builder.demo.encoders import Encoders
 from builder.demo.layouts import CLIP_FRAMES
 
@@ -25,7 +27,7 @@ class Batch:
 
 @dataclass
 class _Clips:
-    """All clips of one size."""
+    """All clips of one size, early or late."""
 
     latents: list[torch.Tensor] = field(default_factory=list)  # (B, 16, 37, h, w), float16 on the device
     image_embeds: list[torch.Tensor] = field(default_factory=list)
@@ -35,26 +37,41 @@ class _Clips:
 
 
 class ClipBank:
-    """Encoded clips by size. Fill it with `add`, call `encode_prompts`, then draw batches."""
+    """Encoded clips by size. Fill it with `add`, call `encode_prompts`, then draw batches.
+
+    A late clip is a part from the midst of a long video, behind the video's start image.
+    """
 
     def __init__(self, vae: AutoencoderKLHunyuanVideo, encoders: Encoders, seed: int) -> None:
-        self._vae, self._encoders = vae, encoders
+        self._encode, self._encoders = partial(encode_clips, vae), encoders
         self._random = random.Random(seed)
-        self._clips: dict[tuple[int, int], _Clips] = defaultdict(_Clips)
+        self._clips: dict[tuple[bool, int, int], _Clips] = defaultdict(_Clips)  # late, height, width
         self._texts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __len__(self) -> int:
         return sum(len(clips.prompts) for clips in self._clips.values())
 
+    @property
+    def has_late(self) -> bool:
+        return any(late for late, *_ in self._clips)
+
     @torch.no_grad()
-    def add(self, pixels: torch.Tensor, prompts: Sequence[list[str]]) -> None:
-        """Add clips (B, 145, H, W, 3) uint8 on the device, each with its paraphrases."""
+    def add(
+        self, pixels: torch.Tensor, prompts: Sequence[list[str]], starts: torch.Tensor | None = None
+    ) -> None:
+        """Add clips (B, 145, H, W, 3) uint8 on the device, each with its paraphrases.
+
+        With start images `starts` (B, 1, H, W, 3) the clips are late ones, and their first frame is not used.
+        """
         batch, frames, height, width, _ = pixels.shape
         if frames != CLIP_FRAMES or batch != len(prompts):
             raise ValueError(f"{batch} clips of {frames} frames with {len(prompts)} lists of prompts")
-        clips = self._clips[height, width]
-        clips.latents.append(encode_clips(self._vae, pixels).half())
-        clips.image_embeds.append(self._encoders.images(pixels[:, 0]))
+        clips = self._clips[starts is not None, height, width]
+        latents = self._encode(pixels)
+        if starts is not None:
+            latents = torch.cat([self._encode(starts), latents[:, :, 1:]], dim=2)
+        clips.latents.append(latents.half())
+        clips.image_embeds.append(self._encoders.images(pixels[:, 0] if starts is None else starts[:, 0]))
         clips.prompts += prompts
 
     def encode_prompts(self) -> None:
@@ -70,14 +87,14 @@ class ClipBank:
                 for prompt in several:
                     clips.by_length[len(self._texts[prompt][0])].append((clip, prompt))
 
-    def draw(self, batch: int, no_text: float = 0.1) -> Batch:
+    def draw(self, batch: int, late: bool = False, no_text: float = 0.1) -> Batch:
         """`batch` samples, with repetition; so often of the times all of them without their prompts."""
-        sizes = [*self._clips.values()]
+        sizes = [clips for (are_late, *_), clips in self._clips.items() if are_late == late]
         (clips,) = self._random.choices(sizes, [len(clips.prompts) for clips in sizes])
         lengths = [*clips.by_length]
         (length,) = self._random.choices(lengths, [len(clips.by_length[n]) for n in lengths])
         chosen = self._random.choices(clips.by_length[length], k=batch)
-        members = torch.tensor([clip for clip, _ in chosen], device=clips.latents[0].device)
+        members = on_device([clip for clip, _ in chosen], clips.latents[0].device)
         without = self._random.random() < no_text
         texts = [self._texts["" if without else prompt] for _, prompt in chosen]
         return Batch(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -49,8 +50,10 @@ def write_encoders(folder: Path, prompts: Sequence[str], seed: int) -> None:
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=4096,
+                initializer_range=TEXT_WIDTH**-0.5,  # so that a token's state tells of the tokens before it
             )
         )
+        nn.init.normal_(llama.embed_tokens.weight)
         clip = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=clip_vocabulary,

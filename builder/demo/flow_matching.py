@@ -1,4 +1,4 @@
-"""Flow matching on sections: the loss, the noise levels, the learning rate's schedule, averaged weights."""
+"""Flow matching on sections: the loss, the noise levels, averaged weights."""
 
 import math
 
@@ -10,7 +10,6 @@ from diffusers_helper.transformer import FramePackTransformer, PackedHistory
 
 CHANGE_WEIGHT = 4.0  # what moves is little of the picture and all of the task
 TIMESTEPS = 1000.0
-WARM_SHARE, LAST_RATE = 0.03, 0.01
 
 
 def draw_sigmas(count: int, tokens: int, device: torch.device, generator: torch.Generator) -> torch.Tensor:
@@ -45,7 +44,7 @@ def flow_loss(
         timestep=sigmas * TIMESTEPS,
         guidance=guidance * TIMESTEPS,
         encoder_hidden_states=text,
-        encoder_attention_mask=torch.ones(text.shape[:2], dtype=torch.bool, device=text.device),
+        encoder_attention_mask=None,
         pooled_projections=pooled,
         image_embeds=image_embeds,
         history=history,
@@ -53,17 +52,6 @@ def flow_loss(
     start = history.latents_clean[:, :, :1].float()
     weight = 1 + CHANGE_WEIGHT * (target - start).square().mean(dim=1, keepdim=True)
     return (weight * (velocity - (noise - target)).square()).sum() / (weight.sum() * target.shape[1])
-
-
-def warm_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate over `steps`: up from zero in the first 3 %, then a cosine down to a hundredth."""
-    warm = max(1, round(WARM_SHARE * steps))
-
-    def factor(step: int) -> float:
-        cosine = (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
-        return min(1.0, (step + 1) / warm) * (LAST_RATE + (1 - LAST_RATE) * cosine)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 class AveragedWeights:

@@ -3,7 +3,9 @@
 The sections and the packing are the worker's own (`core.pipeline`), so that what is trained is what is run.
 """
 
-from dataclasses import replace
+import random
+from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -18,46 +20,76 @@ SECTIONS = 4
 CLIP_LATENTS = 1 + SECTIONS * WINDOW
 CLIP_FRAMES = 4 * (CLIP_LATENTS - 1) + 1  # 145
 
+F1_SHARE = 0.4  # of the samples
+LENGTHS = (0.4, 0.15, 0.15, 0.3)  # how often a sample is of a video of one, two, three and four sections
 
+
+@cache
 def training_plan(direction: Direction) -> SectionPlan:
     """Four sections: with I2V one for each padding from 3 to 0."""
     return plan_sections(CLIP_FRAMES / 30, WINDOW, direction)
 
 
-def cut_section(
-    latents: torch.Tensor,
-    section: Section,
-    direction: Direction,
-    known: int,
-    dtype: torch.dtype,
-    history_noise: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, PackedHistory]:
-    """The latents (B, 16, 9, h, w) of `section` of a clip (B, 16, 37, h, w), and the history it sees.
+@dataclass(frozen=True)
+class Cut:
+    """Which part of a clip is to be sampled, and how much of the clip the sampler has by then."""
 
-    `known` of the clip's sections lie behind it in sampling order, as far as there are so many: with I2V
-    the ones that follow in the video, with F1 the ones before (of which there are just `section.index`).
-    `history_noise` (B, 1, 1, 1, 1) is the spread of noise that is added to the history, not to the start.
+    direction: Direction
+    section: Section
+    window: int  # of the clip's four
+    known: int  # sections behind the window in sampling order
+
+    @classmethod
+    def draw(cls, rng: random.Random, late: bool = False) -> "Cut":
+        """A section of a video of one to four; of a `late` clip, one in the midst of a long video."""
+        direction: Direction = "f1" if rng.random() < F1_SHARE else "i2v"
+        sections = training_plan(direction).sections
+        last = SECTIONS - 1
+        if late and direction == "f1":
+            return cls(direction, sections[last], last, last)
+        if late:  # padding 2, as often as a long video has it
+            window = rng.randrange(last)
+            return cls(direction, sections[1], window, last - window)
+        (count,) = rng.choices(range(1, SECTIONS + 1), LENGTHS)
+        at = rng.randrange(count)  # in the video's order
+        if direction == "f1":
+            return cls(direction, sections[at], at, at)
+        return cls(direction, sections[last - at], at, count - 1 - at)
+
+
+def cut_section(
+    latents: torch.Tensor, cut: Cut, dtype: torch.dtype, history_noise: torch.Tensor | None = None
+) -> tuple[torch.Tensor, PackedHistory]:
+    """The latents (B, 16, 9, h, w) of the window of a clip (B, 16, 37, h, w), and the history it sees.
+
+    With I2V the history is what follows in the video, with F1 what comes before. `history_noise`
+    (B, 1, 1, 1, 1) is the spread of noise that is added to the history, not to the start.
     """
     start = latents[:, :, :1]
-    if direction == "i2v":
-        first = 1 + (SECTIONS - 1 - section.index) * WINDOW
-        behind = latents[:, :, first + WINDOW : first + (1 + known) * WINDOW]
+    first = 1 + cut.window * WINDOW
+    if cut.direction == "i2v":
+        behind = latents[:, :, first + WINDOW : first + (1 + cut.known) * WINDOW]
     else:
-        first = 1 + section.index * WINDOW
-        behind = latents[:, :, 1:first]
+        behind = latents[:, :, first - cut.known * WINDOW : first]
     target = latents[:, :, first : first + WINDOW]
     if history_noise is not None:
         behind = behind + history_noise * torch.randn_like(behind)
-    empty = torch.zeros_like(latents[:, :, :1]).expand(-1, -1, HISTORY_FRAMES, -1, -1)
-    if direction == "i2v":
+    empty = torch.zeros_like(start).expand(-1, -1, HISTORY_FRAMES, -1, -1)
+    if cut.direction == "i2v":
         history = torch.cat([behind, empty], dim=2)
     else:
         history = torch.cat([empty, start, behind], dim=2)
     where = SimpleNamespace(device=latents.device, transformer_dtype=dtype)
-    packed = pack_history(section, start, history, direction == "f1", where)
-    return target, on_device(packed, latents.device)
+    packed = pack_history(cut.section, start, history, cut.direction == "f1", where)
+    return target, replace(packed, **_indices(cut.section, latents.device))
 
 
-def on_device(packed: PackedHistory, device: torch.device) -> PackedHistory:
-    """With its indices on the device too, where a compiled model wants them."""
-    return replace(packed, **{name: value.to(device) for name, value in vars(packed).items()})
+@cache
+def _indices(section: Section, device: torch.device) -> dict[str, torch.Tensor]:
+    """The section's positions on the device, where a compiled model wants them."""
+    return {
+        "indices_latents": torch.tensor(section.latents, device=device),
+        "indices_latents_clean": torch.tensor(section.clean, device=device),
+        "indices_latents_history_2x": torch.tensor(section.history_2x, device=device),
+        "indices_latents_history_4x": torch.tensor(section.history_4x, device=device),
+    }

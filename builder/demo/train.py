@@ -11,35 +11,29 @@ import argparse
 import json
 import random
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from einops import rearrange
 
 from builder.demo.autoencoder import make_vae, set_posterior_noise, train_vae, whiten_latents
 from builder.demo.bank import ClipBank, latent_statistics
+from builder.demo.devices import ahead
 from builder.demo.encoders import Encoders, write_encoders
 from builder.demo.layouts import CLIP_FRAMES
+from builder.demo.motion import SECTION
 from builder.demo.prompts import prompt_of
-from builder.demo.scene import Scene, train_scene
+from builder.demo.scene import FRAME_SIZES, photograph_scene, train_scene
 from builder.demo.transformer import make_transformer, save_transformer, train_transformer
 from builder.demo.world import render_batch
-from diffusers_helper.buckets import buckets
 
-SIZES = buckets(192)
-LATEST_START = 300  # frames; shapes that have reached their goal by then are rare
 VAE_FRAMES, VAE_CROP, VAE_BATCH = 17, 128, 12
-BANK_BATCH, PARAPHRASES = 8, 3
+VAE_PHOTOGRAPHS = 0.2  # of the VAE's clips, besides those of the world itself
+VAE_LATEST_START, LATEST_START = 120, 300  # frames; cameras and shapes have come to rest by then
+BANK_BATCH, PARAPHRASES, LATE_CLIPS = 8, 3, 0.15
 BATCH = 48
-AHEAD = 4
 TOKENIZER_PROMPTS = 20_000
 INFERENCE_NOISE = 0.01  # the start latent is as good as the decoder allows
-
-T = TypeVar("T")
 
 
 def main() -> None:
@@ -78,8 +72,8 @@ def train(folder: Path, seed: int, vae_steps: int, clips: int, steps: int, batch
 
     with record.part("clips"):
         bank = ClipBank(vae, encoders, seed)
-        for pixels, prompts in ahead(bank_batch, f"clips {seed}", device):
-            bank.add(pixels, prompts)
+        for pixels, prompts, starts in ahead(bank_batch, f"clips {seed}", device):
+            bank.add(pixels, prompts, starts)
             if len(bank) >= clips:
                 break
         bank.encode_prompts()
@@ -102,41 +96,33 @@ def vae_batch(rng: random.Random, device: torch.device) -> torch.Tensor:
 
 def vae_clips(rng: random.Random, device: torch.device) -> torch.Tensor:
     """The same as (B, 17, 128, 128, 3) uint8."""
-    scenes, starts = draw_scenes(rng, VAE_BATCH)
+    size = rng.choice(FRAME_SIZES)
+    scenes = [
+        photograph_scene(rng, size) if rng.random() < VAE_PHOTOGRAPHS else train_scene(rng, size)
+        for _ in range(VAE_BATCH)
+    ]
+    starts = [rng.uniform(0, VAE_LATEST_START) for _ in scenes]
     clips = render_batch(scenes, starts, VAE_FRAMES, device)
-    _, _, height, width, _ = clips.shape
-    top, left = rng.randrange(height - VAE_CROP + 1), rng.randrange(width - VAE_CROP + 1)
+    top, left = rng.randrange(size[0] - VAE_CROP + 1), rng.randrange(size[1] - VAE_CROP + 1)
     return clips[:, :, top : top + VAE_CROP, left : left + VAE_CROP]
 
 
-def bank_batch(rng: random.Random, device: torch.device) -> tuple[torch.Tensor, list[list[str]]]:
-    """Whole clips (B, 145, H, W, 3) uint8 from their start image on, each with three ways to ask for it."""
-    scenes, _ = draw_scenes(rng, BANK_BATCH)
+def bank_batch(
+    rng: random.Random, device: torch.device
+) -> tuple[torch.Tensor, list[list[str]], torch.Tensor | None]:
+    """Whole clips (B, 145, H, W, 3) uint8, each with three ways to ask for it, and start images.
+
+    Most clips begin with their start image; of late ones it is given, (B, 1, H, W, 3).
+    """
+    size = rng.choice(FRAME_SIZES)
+    scenes = [train_scene(rng, size) for _ in range(BANK_BATCH)]
     prompts = [[prompt_of(scene, rng) for _ in range(PARAPHRASES)] for scene in scenes]
-    return render_batch(scenes, [0.0] * len(scenes), CLIP_FRAMES, device), prompts
-
-
-def draw_scenes(rng: random.Random, number: int) -> tuple[list[Scene], list[float]]:
-    """Scenes of one size, and a time to start at for each."""
-    size = rng.choice(SIZES)
-    return [train_scene(rng, size) for _ in range(number)], [
-        rng.uniform(0, LATEST_START) for _ in range(number)
-    ]
-
-
-def ahead(draw: Callable[[random.Random, torch.device], T], seed: str, device: torch.device) -> Iterator[T]:
-    """`draw(rng, device)` for ever, some ahead of their use, in a thread that ends with the iterator."""
-    rng = random.Random(seed)
-    with ThreadPoolExecutor(max_workers=1) as thread:  # one: the draws keep their order
-        ready = deque(thread.submit(draw, rng, device) for _ in range(AHEAD))
-        try:
-            while True:
-                item = ready.popleft().result()
-                ready.append(thread.submit(draw, rng, device))
-                yield item
-        finally:
-            for future in ready:
-                future.cancel()
+    begin = [0.0] * len(scenes)
+    if rng.random() >= LATE_CLIPS:
+        return render_batch(scenes, begin, CLIP_FRAMES, device), prompts, None
+    later = [rng.uniform(SECTION, LATEST_START) for _ in scenes]
+    clips = render_batch(scenes, later, CLIP_FRAMES, device)
+    return clips, prompts, render_batch(scenes, begin, 1, device)
 
 
 class Record:

@@ -9,15 +9,16 @@ from torch import nn
 
 from builder.demo.bank import ClipBank
 from builder.demo.encoders import IMAGE_WIDTH, POOLED_WIDTH, TEXT_WIDTH
-from builder.demo.flow_matching import AveragedWeights, flow_loss, warm_cosine
-from builder.demo.layouts import SECTIONS, cut_section, training_plan
-from core.pipeline.profiles import Direction
+from builder.demo.flow_matching import AveragedWeights, flow_loss
+from builder.demo.layouts import Cut, cut_section
+from builder.demo.optimizers import Optimizers
 from diffusers_helper.transformer import FramePackTransformer
 
-LEARNING_RATE = 6e-4
+RATE, MATRIX_RATE = 6e-4, 2e-3
+WEIGHT_DECAY = 0.01
+LATE_SHARE = 0.15  # of the batches, from the midst of long videos
 GUIDANCE = (1.0, 16.0)  # of the distilled scale; what is learnt is the same for all
 HISTORY_NOISE = 0.3  # at most, in latents of spread 1: generated history is not as clean as the real one
-DIRECTIONS: tuple[Direction, ...] = ("i2v", "f1")
 MAX_SHARD = "14MB"
 
 
@@ -45,6 +46,11 @@ def make_transformer() -> FramePackTransformer:
     return model
 
 
+def is_inside(name: str) -> bool:
+    """Whether the parameter is a block's attention or feed-forward matrix."""
+    return "transformer_blocks" in name and not is_modulation(name.rpartition(".")[0])
+
+
 def is_modulation(name: str) -> bool:
     """Whether the linear layer of this name makes shifts, scales and gates of the timestep's embedding."""
     parent, _, leaf = name.rpartition(".")
@@ -62,34 +68,23 @@ def train_transformer(
 ) -> Iterator[dict]:
     """Train `model`, and leave it the averaged weights; yields `{"step", "loss"}` now and then.
 
-    Every batch is one section of one direction: with I2V of a video that goes on for 0 to 3 sections.
+    Every batch is one section of one direction, cut from clips of one size.
     """
     draw = random.Random(seed)
     generator = torch.Generator(device).manual_seed(seed)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model.to(device).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=LEARNING_RATE,
-        betas=(0.9, 0.98),
-        weight_decay=0.01,
-        fused=device.type == "cuda",
-    )
+    optimizers = Optimizers(model, is_inside, steps, MATRIX_RATE, RATE, WEIGHT_DECAY)
     averages = AveragedWeights(model)
     if device.type == "cuda":
         for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
             block.compile(dynamic=True)
-    plans = {direction: training_plan(direction) for direction in DIRECTIONS}
-    schedule = warm_cosine(optimizer, steps)
     total = torch.zeros((), device=device)
     for step in range(1, steps + 1):
-        samples = bank.draw(batch)
-        direction = draw.choice(DIRECTIONS)
-        section = draw.choice(plans[direction].sections)
+        late = bank.has_late and draw.random() < LATE_SHARE
+        samples = bank.draw(batch, late)
         noise = HISTORY_NOISE * torch.rand(batch, 1, 1, 1, 1, generator=generator, device=device)
-        target, history = cut_section(
-            samples.latents, section, direction, draw.randrange(SECTIONS), dtype, noise
-        )
+        target, history = cut_section(samples.latents, Cut.draw(draw, late), dtype, noise)
         low, high = GUIDANCE
         guidance = low + (high - low) * torch.rand(batch, generator=generator, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -103,11 +98,8 @@ def train_transformer(
                 guidance,
                 generator,
             )
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        optimizers.step()
         averages.update(model)
         total += loss.detach()
         if step % report_every == 0:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from builder.demo.colours import COLOURS, MUTED
+from builder.demo.devices import on_device
 from builder.demo.geometry import CROSS_ARM, CROSS_REACH, POINTED, RING_HOLE
 from builder.demo.motion import PAN_LIMIT, ZOOM_LIMIT, amount
 from builder.demo.photographs import load_photograph
@@ -55,7 +56,7 @@ def render_batch(
 @torch.no_grad()
 def _draw(scene: Scene, times: np.ndarray, device: torch.device, photograph: LoadPhotograph) -> Tensor:
     x, y, scale = _seen_by_camera(scene, times, device)
-    image = _background(scene, x, y, scale, photograph)
+    image = _background(scene, times, x, y, scale, photograph)
     for shape in scene.shapes:
         image = _paint(image, shape, scene, times, x, y, scale)
     frames = image.round().clamp_(0, 255).byte()
@@ -67,23 +68,26 @@ def _seen_by_camera(scene: Scene, times: np.ndarray, device: torch.device) -> tu
 
     T is 1 before a camera that does not move.
     """
-    shift_x, shift_y, scale = np.zeros(1), np.zeros(1), np.ones(1)
-    if scene.camera is not None:
-        done = amount(scene.camera, times)
-        if scene.camera.verb.startswith("pans"):
-            dx, dy = scene.camera.direction
-            shift_x, shift_y, scale = dx * scene.short * done, dy * scene.short * done, np.ones_like(done)
-        else:
-            shift_x, shift_y, scale = 0 * done, 0 * done, np.exp(-scene.camera.sign * done)
-    shift_x, shift_y, scale = (_over_time(values, device) for values in (shift_x, shift_y, scale))
+    shift_x, shift_y, scale = _on(device, *_camera(scene, times))[..., None, None]
     columns = torch.arange(scene.width, device=device) + 0.5 - scene.width / 2
     rows = torch.arange(scene.height, device=device)[:, None] + 0.5 - scene.height / 2
     return scene.width / 2 + shift_x + columns * scale, scene.height / 2 + shift_y + rows * scale, scale
 
 
-def _over_time(values: np.ndarray, device: torch.device) -> Tensor:
-    """(T,) → (T, 1, 1) float32."""
-    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+def _camera(scene: Scene, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels to the right and down, and world pixels a pixel, (T,) each; T is 1 where nothing moves."""
+    if scene.camera is None:
+        return np.zeros(1), np.zeros(1), np.ones(1)
+    done = amount(scene.camera, times)
+    if scene.camera.verb.startswith("pans"):
+        dx, dy = scene.camera.direction
+        return dx * scene.short * done, dy * scene.short * done, np.ones_like(done)
+    return 0 * done, 0 * done, np.exp(-scene.camera.sign * done)
+
+
+def _on(device: torch.device, *values: np.ndarray | Sequence[float]) -> Tensor:
+    """Equally long rows of numbers as float32."""
+    return on_device(np.stack(values).astype(np.float32), device)
 
 
 def _paint(
@@ -92,12 +96,12 @@ def _paint(
     """The image with the shape on it, its edge one pixel wide."""
     pose = shape.pose(times if shape.action else times[:1], scene.height, scene.width)
     rows, columns = (slice(None), slice(None)) if scene.camera else _window(pose)
-    centre_x, centre_y, radius, angle, mix = (_over_time(values, image.device) for values in pose)
+    centre_x, centre_y, radius, angle, mix = _on(image.device, *pose)[..., None, None]
     x, y = x[..., columns] - centre_x, y[:, rows] - centre_y
     cover = (0.5 - _signed_distance(shape.kind, x, y, radius, angle) / scale).clamp_(0, 1)
-    colour = torch.tensor(COLOURS[shape.colour], dtype=torch.float32, device=image.device)
-    if shape.action and shape.action.colour:
-        new = torch.tensor(COLOURS[shape.action.colour], dtype=torch.float32, device=image.device)
+    changed = shape.action.colour if shape.action and shape.action.colour else shape.colour
+    colour, new = _on(image.device, COLOURS[shape.colour], COLOURS[changed])
+    if changed != shape.colour:
         colour = torch.lerp(colour, new, mix[..., None])
     image = image.expand(max(len(image), len(cover)), -1, -1, -1).clone()
     window = image[:, rows, columns]
@@ -139,11 +143,13 @@ def _pointed_distance(
     return (along_x * edge_y - along_y * edge_x) / length
 
 
-def _background(scene: Scene, x: Tensor, y: Tensor, scale: Tensor, photograph: LoadPhotograph) -> Tensor:
+def _background(
+    scene: Scene, times: np.ndarray, x: Tensor, y: Tensor, scale: Tensor, photograph: LoadPhotograph
+) -> Tensor:
     """(T, H, W, 3) in 0…255; T is 1 where nothing moves."""
     if scene.background.kind == "photograph":
-        return _photograph(scene, x, y, scale, photograph(scene.background.photograph), photograph)
-    first, second = torch.tensor(scene.background.colours, dtype=torch.float32, device=x.device)
+        return _photograph(scene, times, x, y, photograph(scene.background.photograph), photograph)
+    first, second = _on(x.device, *scene.background.colours)
     u, v = (x - scene.width / 2) / scene.short, (y - scene.height / 2) / scene.short
     pattern = _pattern(scene.background, u, v, scale / scene.short)
     return torch.lerp(first, second, pattern[..., None]).expand(-1, scene.height, scene.width, -1)
@@ -186,7 +192,7 @@ def _waves(rng: random.Random, count: int, frequencies: tuple[float, float], u: 
         along_v.append(math.tau * frequency * math.sin(angle))
         phase.append(rng.uniform(0, math.tau))
         weight.append(frequency**-0.5)
-    along_u, along_v, phase, weight = torch.tensor([along_u, along_v, phase, weight], device=u.device)
+    along_u, along_v, phase, weight = _on(u.device, along_u, along_v, phase, weight)
     weight = weight * (2 / weight.square().sum()).sqrt()
     columns = along_u[:, None] * u + phase[:, None]  # (T, waves, W)
     rows = along_v * v  # (T, H, waves)
@@ -194,7 +200,7 @@ def _waves(rng: random.Random, count: int, frequencies: tuple[float, float], u: 
 
 
 def _photograph(
-    scene: Scene, x: Tensor, y: Tensor, scale: Tensor, pixels: np.ndarray, load: LoadPhotograph
+    scene: Scene, times: np.ndarray, x: Tensor, y: Tensor, pixels: np.ndarray, load: LoadPhotograph
 ) -> Tensor:
     """The crop the background's seed chooses: all that the camera will come to see lies in the photograph."""
     rng = random.Random(scene.background.seed)
@@ -209,15 +215,16 @@ def _photograph(
     grid = torch.stack(torch.broadcast_tensors(across, down), dim=-1)
 
     pyramid = _pyramid(load, scene.background.photograph, x.device)
-    level = (2 * torch.log2(density * scale) - 0.5).clamp(0, len(pyramid) - 1)
+    _, _, scale = _camera(scene, times)
+    level = (2 * np.log2(density * scale) - 0.5).clip(0, len(pyramid) - 1)
     image = torch.zeros(3, device=x.device)
     for index, picture in enumerate(pyramid):
-        weight = (1 - (level - index).abs()).clamp_(min=0)
+        weight = (1 - np.abs(level - index)).clip(min=0)
         if weight.any():
             sampled = F.grid_sample(
                 picture.expand(len(grid), -1, -1, -1), grid, "bicubic", "border", align_corners=False
             )
-            image = image + weight[..., None] * sampled.permute(0, 2, 3, 1)
+            image = image + _on(x.device, weight).view(-1, 1, 1, 1) * sampled.permute(0, 2, 3, 1)
     if scene.shapes:
         grey = (image * image.new_tensor(_LUMA)).sum(-1, keepdim=True)
         image = torch.lerp(grey, image, MUTED)
