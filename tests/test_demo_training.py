@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from builder.demo import autoencoder, bank, flow_matching, layouts, transformer
+from builder.demo import autoencoder, bank, flow_matching, layouts, optimizers, transformer
 from builder.demo.devices import ahead
 from builder.demo.encoders import Encoders, write_encoders
 from builder.demo.layouts import Cut
@@ -20,6 +20,7 @@ from diffusers_helper.text import encode_prompt
 from diffusers_helper.transformer import FramePackTransformer
 
 CPU = torch.device("cpu")
+CLIP_LATENTS = 1 + layouts.SECTIONS * layouts.WINDOW
 PROMPTS = [
     "the red circle moves to the right",
     "the blue square grows slowly",
@@ -44,7 +45,7 @@ class Sampler:
 @pytest.mark.parametrize("direction", ["i2v", "f1"])
 def test_a_section_is_cut_as_the_sampler_would_meet_it(direction):
     """Run the section loop with the clip's own latents for what it samples: every history is the same."""
-    clip = torch.randn(2, 16, layouts.CLIP_LATENTS, 4, 6)
+    clip = torch.randn(2, 16, CLIP_LATENTS, 4, 6)
     start = clip[:, :, :1]
     history = torch.zeros(2, 16, HISTORY_FRAMES, 4, 6)
     history = torch.cat([history, start], dim=2) if direction == "f1" else history
@@ -68,7 +69,7 @@ def padding_0(known: int) -> Cut:
 
 
 def test_a_shorter_video_has_less_behind_it():
-    clip = torch.randn(1, 16, layouts.CLIP_LATENTS, 4, 4)
+    clip = torch.randn(1, 16, CLIP_LATENTS, 4, 4)
     _, nothing = layouts.cut_section(clip, padding_0(known=0), torch.float32)
     _, one = layouts.cut_section(clip, padding_0(known=1), torch.float32)
     assert not nothing.latents_history_4x.any() and not nothing.latents_clean[:, :, 1:].any()
@@ -77,7 +78,7 @@ def test_a_shorter_video_has_less_behind_it():
 
 
 def test_history_noise_spares_the_start_and_what_is_empty():
-    clip = torch.randn(2, 16, layouts.CLIP_LATENTS, 4, 4)
+    clip = torch.randn(2, 16, CLIP_LATENTS, 4, 4)
     padding_1 = Cut("i2v", layouts.training_plan("i2v").sections[2], 1, known=1)
     target, packed = layouts.cut_section(clip, padding_1, torch.float32, torch.full((2, 1, 1, 1, 1), 0.3))
     assert torch.equal(packed.latents_clean[:, :, :1], clip[:, :, :1])
@@ -89,23 +90,25 @@ def test_history_noise_spares_the_start_and_what_is_empty():
 
 def test_cuts_are_of_sections_that_videos_of_up_to_four_have():
     rng = random.Random(0)
-    cuts = {Cut.draw(rng) for _ in range(2000)}
+    short = {Cut.draw(rng, "short") for _ in range(100)}
+    whole = {Cut.draw(rng, "whole") for _ in range(2000)}
     forward = layouts.training_plan("f1").sections
     backward = layouts.training_plan("i2v").sections  # padding 3 to 0
-    assert {cut for cut in cuts if cut.direction == "f1"} == {Cut("f1", forward[n], n, n) for n in range(4)}
-    assert {cut for cut in cuts if cut.direction == "i2v"} == {
-        Cut("i2v", backward[3 - at], at, count - 1 - at) for count in range(1, 5) for at in range(count)
+    assert short == {Cut("f1", forward[0], 0, 0), Cut("i2v", backward[3], 0, 0)}
+    assert {cut for cut in whole if cut.direction == "f1"} == {Cut("f1", forward[n], n, n) for n in range(4)}
+    assert {cut for cut in whole if cut.direction == "i2v"} == {
+        Cut("i2v", backward[3 - at], at, count - 1 - at) for count in range(2, 5) for at in range(count)
     }
 
 
 def test_late_cuts_have_a_full_history_in_the_midst_of_a_video():
     rng = random.Random(0)
-    cuts = {Cut.draw(rng, late=True) for _ in range(500)}
+    cuts = {Cut.draw(rng, "late") for _ in range(500)}
     assert {(cut.direction, cut.section.index, cut.window, cut.known) for cut in cuts} == {
         ("f1", 3, 3, 3),
         *(("i2v", 1, window, 3 - window) for window in range(3)),
     }
-    clip = torch.randn(1, 16, layouts.CLIP_LATENTS, 4, 4)
+    clip = torch.randn(1, 16, CLIP_LATENTS, 4, 4)
     for cut in cuts:
         target, packed = layouts.cut_section(clip, cut, torch.float32)
         first = 1 + 9 * cut.window
@@ -158,7 +161,7 @@ def tiny_transformer() -> FramePackTransformer:
 
 def test_a_batch_is_its_samples_one_by_one():
     model = tiny_transformer()
-    clip = torch.randn(3, 16, layouts.CLIP_LATENTS, 4, 4)
+    clip = torch.randn(3, 16, CLIP_LATENTS, 4, 4)
     cut = Cut("f1", layouts.training_plan("f1").sections[1], 1, 1)
     target, history = layouts.cut_section(clip, cut, torch.float32)
     values = {
@@ -237,11 +240,20 @@ def test_white_latents_show_the_same_pixels(vae):
     assert (spread - 1).abs().max() < 1e-3
 
 
-def test_the_transformer_learns_from_a_bank(encoders, vae):
+@pytest.fixture(scope="module")
+def clips(encoders, vae):
+    """A bank of two clips of each part."""
     clips = bank.ClipBank(vae, encoders, seed=0)
-    clips.add(moving_clips(2), [[PROMPTS[0], PROMPTS[1]], [PROMPTS[2]]])
+    pixels = moving_clips(2)
+    clips.add(pixels[:, : layouts.SHORT_FRAMES], [[PROMPTS[0], PROMPTS[3]], [PROMPTS[2]]])
+    clips.add(pixels, [[PROMPTS[0], PROMPTS[1]], [PROMPTS[2]]])
+    clips.add(pixels.flip(1), [[PROMPTS[0]], [PROMPTS[1]]], starts=pixels[:, :1])
     clips.encode_prompts()
-    assert len(clips) == 2
+    return clips
+
+
+def test_the_transformer_learns_from_a_bank(clips):
+    assert len(clips) == 6
     model = tiny_transformer()
     nn.init.zeros_(model.proj_out.weight)
     rows = list(transformer.train_transformer(model, clips, 30, batch=2, device=CPU, seed=0, report_every=10))
@@ -249,19 +261,23 @@ def test_the_transformer_learns_from_a_bank(encoders, vae):
     assert not model.training
 
 
-def test_a_batch_of_the_bank_belongs_together(encoders, vae):
-    clips = bank.ClipBank(vae, encoders, seed=0)
-    clips.add(moving_clips(2), [[PROMPTS[0], PROMPTS[3]], [PROMPTS[2]]])
-    clips.encode_prompts()
+def test_a_batch_of_the_bank_belongs_together(encoders, clips):
     tokens = [len(hidden) for hidden, _ in encoders.text(PROMPTS)]
     seen = set()
     for _ in range(50):
-        batch = clips.draw(3, no_text=0.2)
-        assert batch.latents.shape == (3, 16, 37, 8, 8)
+        batch = clips.draw(3, "short", no_text=0.2)
+        assert batch.latents.shape == (3, 16, 10, 8, 8)
         assert batch.text.shape[0] == batch.pooled.shape[0] == len(batch.image_embeds) == 3
         seen.add(batch.text.shape[1])
     empty = len(encoders.text([""])[0][0])
     assert seen == {tokens[0], tokens[2], tokens[3], empty}
+    assert clips.draw(2, "whole").latents.shape == (2, 16, 37, 8, 8)
+
+
+def test_a_late_clip_has_the_start_of_its_video_before_it(clips, vae):
+    late = clips.draw(4, "late").latents
+    begins = bank.encode_clips(vae, moving_clips(1)[:, :1])[0]
+    assert (late[:, :, :1] - begins).abs().amax() < (late[:, :, 1:2] - begins).abs().amax()
 
 
 def test_the_real_one_has_its_size_and_begins_with_nothing():
@@ -270,20 +286,6 @@ def test_the_real_one_has_its_size_and_begins_with_nothing():
     zero = [name for name, p in model.named_parameters() if not p.any() and name.endswith("linear.weight")]
     assert len(zero) == 12
     assert not model.proj_out.weight.any()
-
-
-def test_late_clips_are_drawn_apart_and_have_their_own_start(encoders, vae):
-    clips = bank.ClipBank(vae, encoders, seed=0)
-    pixels = moving_clips(2)
-    clips.add(pixels, [[PROMPTS[0]], [PROMPTS[1]]])
-    assert not clips.has_late
-    clips.add(pixels.flip(1), [[PROMPTS[0]], [PROMPTS[1]]], starts=pixels[:, :1])
-    assert clips.has_late
-    clips.encode_prompts()
-    early, late = clips.draw(4), clips.draw(4, late=True)
-    begins = bank.encode_clips(vae, pixels[:, :1])[0]
-    assert (late.latents[:, :, :1] - begins).abs().amax() < (late.latents[:, :, 1:2] - begins).abs().amax()
-    assert not torch.equal(early.latents, late.latents)
 
 
 def test_what_is_drawn_ahead_keeps_its_order():
@@ -299,8 +301,28 @@ def test_what_is_drawn_ahead_keeps_its_order():
 def test_every_weight_has_one_optimizer_and_moves():
     model = tiny_transformer()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizers = Optimizers(model, transformer.is_inside, 10, matrix_rate=1e-2, rate=1e-2)
+    both = Optimizers(model, transformer.is_inside, 10, matrix_rate=1e-2, rate=1e-2)
     sum(p.square().sum() + p.sum() for p in model.parameters()).backward()
-    optimizers.step()
+    both.step()
     assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_muon_makes_all_directions_equally_strong():
+    for shape in ((3, 8, 20), (2, 20, 8)):
+        singular = torch.linalg.svdvals(optimizers.orthogonalized(torch.randn(shape)))
+        assert singular.min() > 0.5
+        assert singular.max() < 1.3
+
+
+def test_the_gradient_of_the_padding_is_torchs():
+    for shape in ((1, 2, 3, 4, 5), (2, 1, 1, 2, 1)):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for padding in ((1, 1, 1, 1, 2, 0), (0, 0, 0, 0, 0, 0)):
+            y = autoencoder._ReplicationPad.apply(x, padding)
+            expected = nn.functional.pad(x, padding, mode="replicate")
+            assert torch.equal(y, expected)
+            weight = torch.randn_like(y)
+            (mine,) = torch.autograd.grad((y * weight).sum(), x)
+            (torchs,) = torch.autograd.grad((expected * weight).sum(), x)
+            torch.testing.assert_close(mine, torchs)

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
+    HunyuanVideoCausalConv3d,
     HunyuanVideoDownsampleCausal3D,
     HunyuanVideoResnetBlockCausal3D,
     HunyuanVideoUpsampleCausal3D,
 )
 from torch import nn
+from torch._inductor import config as inductor
 
 from builder.demo.optimizers import Optimizers
 from diffusers_helper.vae import attend_framewise
@@ -36,6 +38,8 @@ def make_vae(channels: tuple[int, ...] = CHANNELS) -> AutoencoderKLHunyuanVideo:
     )
     attend_framewise(vae)
     for module in vae.modules():
+        if isinstance(module, HunyuanVideoCausalConv3d):
+            module.__class__ = _PaddedConv3d
         if isinstance(module, HunyuanVideoUpsampleCausal3D | HunyuanVideoDownsampleCausal3D):
             _begin_as_identity(module.conv.conv)
         elif isinstance(module, HunyuanVideoResnetBlockCausal3D):
@@ -63,6 +67,7 @@ def train_vae(
     optimizers = Optimizers(vae, is_inside, steps, MATRIX_RATE, RATE)
     encode, decode = vae.encoder, vae.decoder
     if device.type == "cuda":
+        inductor.force_layout_optimization = True  # channels last, as tensor cores want them
         encode, decode = torch.compile(encode), torch.compile(decode)
     for step in range(1, steps + 1):
         pixels = next(clips)
@@ -120,6 +125,37 @@ def set_posterior_noise(vae: AutoencoderKLHunyuanVideo, std: float) -> None:
     channels = vae.config.latent_channels
     vae.quant_conv.weight[channels:] = 0
     vae.quant_conv.bias[channels:] = 2 * math.log(std)
+
+
+class _PaddedConv3d(HunyuanVideoCausalConv3d):
+    """The library's; its padding's gradient adds slices up, where torch's adds pixel by pixel."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(_ReplicationPad.apply(hidden_states, self.time_causal_padding))
+
+
+class _ReplicationPad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, padding: tuple[int, ...]) -> torch.Tensor:
+        ctx.padding = padding
+        return nn.functional.pad(x, padding, mode="replicate")
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        pairs = zip(ctx.padding[::2], ctx.padding[1::2], strict=True)
+        for dim, (before, after) in zip((-1, -2, -3), pairs, strict=True):
+            gradient = _edges_added(gradient, dim, before, after)
+        return gradient, None
+
+
+def _edges_added(gradient: torch.Tensor, dim: int, before: int, after: int) -> torch.Tensor:
+    """What fell on the padding, added to the edges it repeats."""
+    length = gradient.shape[dim] - before - after
+    if length == 1:
+        return gradient.sum(dim, keepdim=True)
+    first = gradient.narrow(dim, 0, before + 1).sum(dim, keepdim=True)
+    last = gradient.narrow(dim, before + length - 1, after + 1).sum(dim, keepdim=True)
+    return torch.cat([first, gradient.narrow(dim, before + 1, length - 2), last], dim=dim)
 
 
 @torch.no_grad()

@@ -12,14 +12,14 @@ from einops import rearrange
 
 from builder.demo.devices import on_device
 from builder.demo.encoders import Encoders
-from builder.demo.layouts import CLIP_FRAMES
+from builder.demo.layouts import CLIP_FRAMES, SHORT_FRAMES, Part
 
 
 @dataclass(frozen=True)
 class Batch:
     """Samples whose clips have one size and whose prompts have equally many tokens."""
 
-    latents: torch.Tensor  # (B, 16, 37, h, w), float32
+    latents: torch.Tensor  # (B, 16, T, h, w), float32
     text: torch.Tensor  # (B, n, D)
     pooled: torch.Tensor  # (B, P)
     image_embeds: torch.Tensor  # (B, patches, D)
@@ -27,9 +27,9 @@ class Batch:
 
 @dataclass
 class _Clips:
-    """All clips of one size, early or late."""
+    """All clips of one size and part."""
 
-    latents: list[torch.Tensor] = field(default_factory=list)  # (B, 16, 37, h, w), float16 on the device
+    latents: list[torch.Tensor] = field(default_factory=list)  # (B, 16, T, h, w), float16 on the device
     image_embeds: list[torch.Tensor] = field(default_factory=list)
     prompts: list[list[str]] = field(default_factory=list)  # every clip's paraphrases
     # number of tokens → (clip, paraphrase); filled by `ClipBank.encode_prompts`
@@ -37,36 +37,33 @@ class _Clips:
 
 
 class ClipBank:
-    """Encoded clips by size. Fill it with `add`, call `encode_prompts`, then draw batches.
+    """Encoded clips by size and part. Fill it with `add`, call `encode_prompts`, then draw batches.
 
-    A late clip is a part from the midst of a long video, behind the video's start image.
+    A late clip has the start image of its video before it, in place of its own first frame.
     """
 
     def __init__(self, vae: AutoencoderKLHunyuanVideo, encoders: Encoders, seed: int) -> None:
         self._encode, self._encoders = partial(encode_clips, vae), encoders
         self._random = random.Random(seed)
-        self._clips: dict[tuple[bool, int, int], _Clips] = defaultdict(_Clips)  # late, height, width
+        self._clips: dict[tuple[Part, int, int], _Clips] = defaultdict(_Clips)  # of one height and width
         self._texts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __len__(self) -> int:
         return sum(len(clips.prompts) for clips in self._clips.values())
 
-    @property
-    def has_late(self) -> bool:
-        return any(late for late, *_ in self._clips)
-
     @torch.no_grad()
     def add(
         self, pixels: torch.Tensor, prompts: Sequence[list[str]], starts: torch.Tensor | None = None
     ) -> None:
-        """Add clips (B, 145, H, W, 3) uint8 on the device, each with its paraphrases.
+        """Add clips (B, 37 or 145, H, W, 3) uint8 on the device, each with its paraphrases.
 
         With start images `starts` (B, 1, H, W, 3) the clips are late ones, and their first frame is not used.
         """
         batch, frames, height, width, _ = pixels.shape
-        if frames != CLIP_FRAMES or batch != len(prompts):
+        if frames not in (SHORT_FRAMES, CLIP_FRAMES) or batch != len(prompts):
             raise ValueError(f"{batch} clips of {frames} frames with {len(prompts)} lists of prompts")
-        clips = self._clips[starts is not None, height, width]
+        part = "short" if frames == SHORT_FRAMES else "whole" if starts is None else "late"
+        clips = self._clips[part, height, width]
         latents = self._encode(pixels)
         if starts is not None:
             latents = torch.cat([self._encode(starts), latents[:, :, 1:]], dim=2)
@@ -87,9 +84,9 @@ class ClipBank:
                 for prompt in several:
                     clips.by_length[len(self._texts[prompt][0])].append((clip, prompt))
 
-    def draw(self, batch: int, late: bool = False, no_text: float = 0.1) -> Batch:
+    def draw(self, batch: int, part: Part, no_text: float = 0.1) -> Batch:
         """`batch` samples, with repetition; so often of the times all of them without their prompts."""
-        sizes = [clips for (are_late, *_), clips in self._clips.items() if are_late == late]
+        sizes = [clips for (of, *_), clips in self._clips.items() if of == part]
         (clips,) = self._random.choices(sizes, [len(clips.prompts) for clips in sizes])
         lengths = [*clips.by_length]
         (length,) = self._random.choices(lengths, [len(clips.by_length[n]) for n in lengths])
@@ -108,9 +105,8 @@ class ClipBank:
 @torch.no_grad()
 def encode_clips(vae: AutoencoderKLHunyuanVideo, pixels: torch.Tensor) -> torch.Tensor:
     """(B, T, H, W, 3) uint8 → the posterior's means (B, 16, 1 + (T−1)/4, H/8, W/8), each clip as a whole."""
-    x = rearrange(pixels, "b t h w c -> b c t h w").float() / 127.5 - 1
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-        moments = vae.quant_conv(vae.encoder(x))
+    x = rearrange(pixels, "b t h w c -> b c t h w").to(vae.dtype) / 127.5 - 1
+    moments = vae.quant_conv(vae.encoder(x))
     return moments[:, : vae.config.latent_channels].float()
 
 

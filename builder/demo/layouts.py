@@ -7,21 +7,26 @@ import random
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 
 from core.pipeline.profiles import Direction
 from core.pipeline.sampling import pack_history
-from core.pipeline.sections import HISTORY_FRAMES, Section, SectionPlan, plan_sections
+from core.pipeline.sections import HISTORY_FRAMES, Section, SectionPlan, frames_of, plan_sections
 from diffusers_helper.transformer import PackedHistory
 
 WINDOW = 9
 SECTIONS = 4
-CLIP_LATENTS = 1 + SECTIONS * WINDOW
-CLIP_FRAMES = 4 * (CLIP_LATENTS - 1) + 1  # 145
+CLIP_FRAMES = frames_of(1 + SECTIONS * WINDOW)  # 145
+SHORT_FRAMES = frames_of(1 + WINDOW)  # 37
+
+# what a clip is: the whole of a video of one section, of one of four, or a part from the midst of a long one
+Part = Literal["short", "whole", "late"]
+PARTS: tuple[Part, ...] = ("short", "whole", "late")
 
 F1_SHARE = 0.4  # of the samples
-LENGTHS = (0.4, 0.15, 0.15, 0.3)  # how often a sample is of a video of one, two, three and four sections
+LENGTHS = (0.25, 0.25, 0.5)  # how often a whole clip serves as a video of two, three and four sections
 
 
 @cache
@@ -40,17 +45,17 @@ class Cut:
     known: int  # sections behind the window in sampling order
 
     @classmethod
-    def draw(cls, rng: random.Random, late: bool = False) -> "Cut":
-        """A section of a video of one to four; of a `late` clip, one in the midst of a long video."""
+    def draw(cls, rng: random.Random, part: Part) -> "Cut":
+        """A section of the videos that such a clip may be of."""
         direction: Direction = "f1" if rng.random() < F1_SHARE else "i2v"
         sections = training_plan(direction).sections
         last = SECTIONS - 1
-        if late and direction == "f1":
+        if part == "late" and direction == "f1":
             return cls(direction, sections[last], last, last)
-        if late:  # padding 2, as often as a long video has it
+        if part == "late":  # padding 2, as often as a long video has it
             window = rng.randrange(last)
             return cls(direction, sections[1], window, last - window)
-        (count,) = rng.choices(range(1, SECTIONS + 1), LENGTHS)
+        count = 1 if part == "short" else rng.choices(range(2, SECTIONS + 1), LENGTHS)[0]
         at = rng.randrange(count)  # in the video's order
         if direction == "f1":
             return cls(direction, sections[at], at, at)
@@ -60,7 +65,7 @@ class Cut:
 def cut_section(
     latents: torch.Tensor, cut: Cut, dtype: torch.dtype, history_noise: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, PackedHistory]:
-    """The latents (B, 16, 9, h, w) of the window of a clip (B, 16, 37, h, w), and the history it sees.
+    """The latents (B, 16, 9, h, w) of the window of a clip (B, 16, T, h, w), and the history it sees.
 
     With I2V the history is what follows in the video, with F1 what comes before. `history_noise`
     (B, 1, 1, 1, 1) is the spread of noise that is added to the history, not to the start.

@@ -20,7 +20,7 @@ from builder.demo.autoencoder import make_vae, set_posterior_noise, train_vae, w
 from builder.demo.bank import ClipBank, latent_statistics
 from builder.demo.devices import ahead
 from builder.demo.encoders import Encoders, write_encoders
-from builder.demo.layouts import CLIP_FRAMES
+from builder.demo.layouts import CLIP_FRAMES, PARTS, SHORT_FRAMES
 from builder.demo.motion import SECTION
 from builder.demo.prompts import prompt_of
 from builder.demo.scene import FRAME_SIZES, photograph_scene, train_scene
@@ -30,7 +30,8 @@ from builder.demo.world import render_batch
 VAE_FRAMES, VAE_CROP, VAE_BATCH = 17, 128, 12
 VAE_PHOTOGRAPHS = 0.2  # of the VAE's clips, besides those of the world itself
 VAE_LATEST_START, LATEST_START = 120, 300  # frames; cameras and shapes have come to rest by then
-BANK_BATCH, PARAPHRASES, LATE_CLIPS = 8, 3, 0.15
+BANK_FRAMES, PARAPHRASES = 4 * CLIP_FRAMES, 3  # frames encoded at once
+PART_BATCHES = (0.35, 0.5, 0.15)  # of the bank's batches, by PARTS
 BATCH = 48
 TOKENIZER_PROMPTS = 20_000
 INFERENCE_NOISE = 0.01  # the start latent is as good as the decoder allows
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=6000)
-    parser.add_argument("--clips", type=int, default=8000, help="of 145 frames, for the transformer")
+    parser.add_argument("--clips", type=int, default=8000, help="for the transformer")
     parser.add_argument("--steps", type=int, default=14_000, help="of the transformer")
     options = parser.parse_args()
     train(options.folder, options.seed, options.vae_steps, options.clips, options.steps)
@@ -68,9 +69,9 @@ def train(folder: Path, seed: int, vae_steps: int, clips: int, steps: int, batch
         whiten_latents(vae, *latent_statistics(vae, lambda: vae_clips(rng, device), 20))
         set_posterior_noise(vae, INFERENCE_NOISE)
         vae.half().save_pretrained(folder / "hunyuan" / "vae")
-        vae.float()
 
     with record.part("clips"):
+        vae.to(torch.float16 if device.type == "cuda" else torch.float32)
         bank = ClipBank(vae, encoders, seed)
         for pixels, prompts, starts in ahead(bank_batch, f"clips {seed}", device):
             bank.add(pixels, prompts, starts)
@@ -110,18 +111,20 @@ def vae_clips(rng: random.Random, device: torch.device) -> torch.Tensor:
 def bank_batch(
     rng: random.Random, device: torch.device
 ) -> tuple[torch.Tensor, list[list[str]], torch.Tensor | None]:
-    """Whole clips (B, 145, H, W, 3) uint8, each with three ways to ask for it, and start images.
+    """Clips (B, T, H, W, 3) uint8 of one part, each with three ways to ask for it; late ones' start images.
 
-    Most clips begin with their start image; of late ones it is given, (B, 1, H, W, 3).
+    The start images are (B, 1, H, W, 3); the other clips begin with theirs.
     """
     size = rng.choice(FRAME_SIZES)
-    scenes = [train_scene(rng, size) for _ in range(BANK_BATCH)]
+    (part,) = rng.choices(PARTS, PART_BATCHES)
+    frames = SHORT_FRAMES if part == "short" else CLIP_FRAMES
+    scenes = [train_scene(rng, size) for _ in range(BANK_FRAMES // frames)]
     prompts = [[prompt_of(scene, rng) for _ in range(PARAPHRASES)] for scene in scenes]
     begin = [0.0] * len(scenes)
-    if rng.random() >= LATE_CLIPS:
-        return render_batch(scenes, begin, CLIP_FRAMES, device), prompts, None
+    if part != "late":
+        return render_batch(scenes, begin, frames, device), prompts, None
     later = [rng.uniform(SECTION, LATEST_START) for _ in scenes]
-    clips = render_batch(scenes, later, CLIP_FRAMES, device)
+    clips = render_batch(scenes, later, frames, device)
     return clips, prompts, render_batch(scenes, begin, 1, device)
 
 

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 
 from builder.demo.bank import ClipBank
 from builder.demo.encoders import IMAGE_WIDTH, POOLED_WIDTH, TEXT_WIDTH
 from builder.demo.flow_matching import AveragedWeights, flow_loss
-from builder.demo.layouts import Cut, cut_section
+from builder.demo.layouts import PARTS, Cut, cut_section
 from builder.demo.optimizers import Optimizers
 from diffusers_helper.transformer import FramePackTransformer
 
 RATE, MATRIX_RATE = 6e-4, 2e-3
 WEIGHT_DECAY = 0.01
-LATE_SHARE = 0.15  # of the batches, from the midst of long videos
+PART_SHARES = (0.4, 0.45, 0.15)  # of the batches, by PARTS
 GUIDANCE = (1.0, 16.0)  # of the distilled scale; what is learnt is the same for all
 HISTORY_NOISE = 0.3  # at most, in latents of spread 1: generated history is not as clean as the real one
 MAX_SHARD = "14MB"
@@ -77,14 +78,15 @@ def train_transformer(
     optimizers = Optimizers(model, is_inside, steps, MATRIX_RATE, RATE, WEIGHT_DECAY)
     averages = AveragedWeights(model)
     if device.type == "cuda":
+        inductor.triton.coalesce_tiling_analysis = False  # fails on some of these shapes in torch 2.11
         for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
             block.compile(dynamic=True)
     total = torch.zeros((), device=device)
     for step in range(1, steps + 1):
-        late = bank.has_late and draw.random() < LATE_SHARE
-        samples = bank.draw(batch, late)
+        (part,) = draw.choices(PARTS, PART_SHARES)
+        samples = bank.draw(batch, part)
         noise = HISTORY_NOISE * torch.rand(batch, 1, 1, 1, 1, generator=generator, device=device)
-        target, history = cut_section(samples.latents, Cut.draw(draw, late), dtype, noise)
+        target, history = cut_section(samples.latents, Cut.draw(draw, part), dtype, noise)
         low, high = GUIDANCE
         guidance = low + (high - low) * torch.rand(batch, generator=generator, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
