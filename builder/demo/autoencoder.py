@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
+from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
     HunyuanVideoCausalConv3d,
     HunyuanVideoDownsampleCausal3D,
@@ -23,7 +24,7 @@ from builder.demo.optimizers import Optimizers
 from diffusers_helper.vae import attend_framewise
 
 CHANNELS = (24, 48, 96, 96)
-RESIDUAL_START = 0.02
+RESIDUAL_START, PASSED_NOISE = 0.02, 0.02
 LATENT_NOISE = 0.05
 LATENT_PULL = 1e-4  # on the squared mean, so that latents do not grow without need
 RATE, MATRIX_RATE = 3e-4, 1e-3
@@ -37,17 +38,7 @@ def make_vae(channels: tuple[int, ...] = CHANNELS) -> AutoencoderKLHunyuanVideo:
         block_out_channels=channels, layers_per_block=1, norm_num_groups=2, scaling_factor=1.0
     )
     attend_framewise(vae)
-    for module in vae.modules():
-        if isinstance(module, HunyuanVideoCausalConv3d):
-            module.__class__ = _PaddedConv3d
-        if isinstance(module, HunyuanVideoUpsampleCausal3D | HunyuanVideoDownsampleCausal3D):
-            _begin_as_identity(module.conv.conv)
-        elif isinstance(module, HunyuanVideoResnetBlockCausal3D):
-            with torch.no_grad():
-                module.conv2.conv.weight.mul_(RESIDUAL_START)
-                module.conv2.conv.bias.zero_()
-            if module.conv_shortcut is not None:
-                _begin_as_identity(module.conv_shortcut.conv)
+    _begin_as_mosaic(vae)
     set_posterior_noise(vae, LATENT_NOISE)
     return vae
 
@@ -159,9 +150,48 @@ def _edges_added(gradient: torch.Tensor, dim: int, before: int, after: int) -> t
 
 
 @torch.no_grad()
-def _begin_as_identity(conv: nn.Conv3d) -> None:
-    """Each output channel is an input channel's pixel, with a little noise on all weights."""
-    noise = torch.randn_like(conv.weight) * 0.01 / math.sqrt(conv.weight[0].numel())
-    nn.init.dirac_(conv.weight)
-    conv.weight += noise
+def _begin_as_mosaic(vae: AutoencoderKLHunyuanVideo) -> None:
+    """Channels 0, 1 and 2 carry each block's mean colour through; every residual branch begins near zero.
+
+    Of the channels beside them half are constant, so that no normalisation of a whole clip takes its
+    brightness and contrast away, and half look at the picture at random.
+    """
+    for module in vae.modules():
+        if isinstance(module, HunyuanVideoCausalConv3d):
+            module.__class__ = _PaddedConv3d
+        if isinstance(module, HunyuanVideoUpsampleCausal3D | HunyuanVideoDownsampleCausal3D):
+            _pass_on(module.conv.conv)
+        elif isinstance(module, HunyuanVideoResnetBlockCausal3D):
+            module.conv2.conv.weight *= RESIDUAL_START
+            module.conv2.conv.bias.zero_()
+            if module.conv_shortcut is not None:
+                _pass_on(module.conv_shortcut.conv)
+        elif isinstance(module, Attention):
+            module.to_out[0].weight *= RESIDUAL_START
+            module.to_out[0].bias.zero_()
+    _pass_on(vae.encoder.conv_in.conv)
+    _pass_on(vae.decoder.conv_in.conv)
+    # twice, as SiLU's slope is a half where it begins
+    _pass_on(vae.encoder.conv_out.conv, 2.0)
+    _pass_on(vae.decoder.conv_out.conv, 2.0)
+    _pass_on(vae.quant_conv)
+    _pass_on(vae.post_quant_conv)
+
+
+def _pass_on(conv: nn.Conv3d, gain: float = 1.0) -> None:
+    """Output channels begin as the input channels of the same number, here and now; a stride takes means."""
+    random = conv.weight.clone()
+    conv.weight.mul_(PASSED_NOISE)
+    same = range(min(conv.in_channels, conv.out_channels))
+    taps = [  # the newest in time, the middle in space
+        slice(size - stride, size) if causal else slice(size // 2, size // 2 + stride)
+        for size, stride, causal in zip(conv.kernel_size, conv.stride, (True, False, False), strict=True)
+    ]
+    for channel in same:
+        conv.weight[channel, channel, *taps] += gain / math.prod(conv.stride)
     conv.bias.zero_()
+    for channel in range(len(same), conv.out_channels):
+        if channel % 2:
+            conv.bias[channel] = 1.0 if channel % 4 == 1 else -1.0
+        else:
+            conv.weight[channel] = random[channel]
