@@ -27,7 +27,7 @@ CHANNELS = (24, 48, 96, 96)
 RESIDUAL_START, PASSED_NOISE = 0.02, 0.02
 LATENT_NOISE = 0.05
 LATENT_PULL = 1e-4  # on the squared mean, so that latents do not grow without need
-RATE, MATRIX_RATE = 3e-4, 1e-3
+RATE, MATRIX_RATE = 1e-3, 2e-4
 CHROMA_WEIGHT = 0.5
 EDGE_WEIGHT = 0.5
 

@@ -27,7 +27,7 @@ from builder.demo.scene import FRAME_SIZES, photograph_scene, train_scene
 from builder.demo.transformer import make_transformer, save_transformer, train_transformer
 from builder.demo.world import render_batch
 
-VAE_FRAMES, VAE_CROP, VAE_BATCH = 17, 128, 12
+VAE_FRAMES, VAE_CROP, VAE_BATCH = 17, 128, 8
 VAE_PHOTOGRAPHS = 0.2  # of the VAE's clips, besides those of the world itself
 VAE_LATEST_START, LATEST_START = 120, 300  # frames; cameras and shapes have come to rest by then
 BANK_FRAMES, PARAPHRASES = 4 * CLIP_FRAMES, 3  # frames encoded at once

@@ -15,7 +15,7 @@ from builder.demo.layouts import PARTS, Cut, cut_section
 from builder.demo.optimizers import Optimizers
 from diffusers_helper.transformer import FramePackTransformer
 
-RATE, MATRIX_RATE = 6e-4, 2e-3
+RATE, MATRIX_RATE = 6e-4, 1.2e-3
 WEIGHT_DECAY = 0.01
 PART_SHARES = (0.4, 0.45, 0.15)  # of the batches, by PARTS
 GUIDANCE = (1.0, 16.0)  # of the distilled scale; what is learnt is the same for all
