@@ -105,7 +105,6 @@ class TestImage:
 
     def test_what_it_copies_is_enough_to_run_a_job(self, tmp_path):
         copy_stage(STAGES["final"], tmp_path)
-        (tmp_path / "models").symlink_to(ROOT / "models")
         done = subprocess.run(
             [sys.executable, "handler.py", "--test_input", json.dumps({"id": "a", "input": job_input()})],
             cwd=tmp_path,
