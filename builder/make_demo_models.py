@@ -1,8 +1,9 @@
 """Put the demo models in place: a copy of builder/demo/weights, each file compared with its SHA-256.
 
-python -m builder.make_demo_models [FOLDER]       into models/demo, or FOLDER
-python -m builder.make_demo_models --take RUN     the other way: what builder.demo.train wrote into RUN
-                                                  becomes builder/demo/weights
+    python -m builder.make_demo_models [FOLDER]       into models/demo, or FOLDER
+    python -m builder.make_demo_models --take RUN     the other way: RUN becomes builder/demo/weights
+
+RUN is what builder.demo.train wrote.
 """
 
 import argparse
