@@ -11,7 +11,7 @@ $(VENV)/.installed: requirements.txt requirements-client.txt requirements-dev.tx
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-models/demo/.made: $(VENV)/.installed builder/make_demo_models.py
+models/demo/.made: $(VENV)/.installed builder/make_demo_models.py builder/demo/weights/SHA256SUMS
 	$(BIN)/python -m builder.make_demo_models models/demo
 	touch $@
 

@@ -25,7 +25,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from builder.make_demo_models import make_clip_tokenizer, make_llama_tokenizer
+from builder.demo.encoders import write_clip_tokenizer, write_llama_tokenizer
 from core.pipeline.profiles import HUNYUAN, REDUX, TRANSFORMER, ModelProfile, Source
 
 HEIGHT, WIDTH = 640, 608
@@ -83,8 +83,8 @@ def make_full_size_models(folder: Path) -> None:
     """Write `hunyuan/`, `redux/` and `framepack/` below `folder`; weights are N(0, 0.02²) from seed 0."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hunyuan, redux = folder / "hunyuan", folder / "redux"
-    make_llama_tokenizer(hunyuan / "tokenizer")
-    make_clip_tokenizer(hunyuan / "tokenizer_2")
+    write_llama_tokenizer(hunyuan / "tokenizer", [PROMPT])
+    write_clip_tokenizer(hunyuan / "tokenizer_2", [PROMPT])
     SiglipImageProcessorPil(size={"height": 384, "width": 384}).save_pretrained(redux / "feature_extractor")
     parts = (
         (hunyuan / "text_encoder", torch.float16, lambda: LlamaModel(LlamaConfig(**LLAMA_8B))),

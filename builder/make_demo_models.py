@@ -1,157 +1,126 @@
-"""Make the demo models: the real classes at toy size, random weights from a fixed seed, in the hub's layout.
+"""Put the demo models in place: a copy of builder/demo/weights, each file compared with its SHA-256.
 
-    python -m builder.make_demo_models models/demo
+    python -m builder.make_demo_models [FOLDER]       into models/demo, or FOLDER
+    python -m builder.make_demo_models --take RUN     the other way: RUN becomes builder/demo/weights
 
-They run the whole pipeline in seconds on a CPU. Their weights are random, so the video shows noise.
+RUN is what builder.demo.train wrote.
 """
 
 import argparse
-import json
+import hashlib
+import re
+import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoFramepackTransformer3DModel
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    LlamaConfig,
-    LlamaModel,
-    PreTrainedTokenizerFast,
-    SiglipImageProcessorPil,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from core.errors import ModelError
 
-SEED = 0
-LLAMA_SPECIALS = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<pad>")
-CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
-
-TEXT_WIDTH, POOLED_WIDTH, IMAGE_WIDTH = 32, 16, 24
+WEIGHTS = Path(__file__).parent / "demo" / "weights"
+DEMO_MODELS = Path(__file__).parents[1] / "models" / "demo"
+SUMS = "SHA256SUMS"
+RECORD = "training.json"
+PARTS = ("hunyuan", "redux", "framepack")
+FORMER_PARTS = ("framepack_f1",)  # older sets had a transformer for each direction
+RESTORE = "`git checkout -- builder/demo/weights` brings back the repository's files"
+MIB = 1024**2
+MOST_OF_A_FILE, MOST_OF_ALL = 16 * MIB, 45 * MIB  # they stay in the repository's history for good
 
 
-def make_demo_models(folder: Path, seed: int = SEED) -> None:
-    """Write `hunyuan/`, `redux/`, `framepack/` and `framepack_f1/` below `folder`."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        hunyuan = folder / "hunyuan"
-        llama_vocabulary = make_llama_tokenizer(hunyuan / "tokenizer")
-        clip_vocabulary = make_clip_tokenizer(hunyuan / "tokenizer_2")
-        llama(llama_vocabulary).save_pretrained(hunyuan / "text_encoder")
-        clip(clip_vocabulary).save_pretrained(hunyuan / "text_encoder_2")
-        vae().save_pretrained(hunyuan / "vae")
-        siglip().save_pretrained(folder / "redux" / "image_encoder")
-        SiglipImageProcessorPil(size={"height": 56, "width": 56}).save_pretrained(
-            folder / "redux" / "feature_extractor"
-        )
-        transformer().save_pretrained(folder / "framepack")
-        transformer().save_pretrained(folder / "framepack_f1")
-
-
-def make_llama_tokenizer(folder: Path) -> int:
-    """A byte-level tokenizer without merges, built as Llama 3's is; returns its vocabulary size."""
-    vocabulary = {token: i for i, token in enumerate(LLAMA_SPECIALS)}
-    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocabulary[byte] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in LLAMA_SPECIALS])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    bos = LLAMA_SPECIALS[0]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0, or 1 and one line that says what is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token="<|eot_id|>",
-        pad_token="<pad>",
-        padding_side="right",
-        model_max_length=4096,
-    ).save_pretrained(folder)
-    return len(vocabulary)
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("folder", type=Path, nargs="?", default=DEMO_MODELS)
+    way.add_argument("--take", type=Path, metavar="RUN")
+    options = parser.parse_args(arguments)
+    try:
+        if options.take:
+            take(options.take, WEIGHTS)
+            print(f"The models of {options.take} are in {WEIGHTS}")
+        else:
+            place(options.folder, WEIGHTS)
+            print(f"The demo models are in {options.folder}")
+    except ModelError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
-def make_clip_tokenizer(folder: Path) -> int:
-    """CLIP's byte-level vocabulary without merges; returns its size."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*CLIP_SPECIALS, *alphabet, *(f"{byte}</w>" for byte in alphabet)]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    start, end = CLIP_SPECIALS
-    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77} | special
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-    return len(tokens)
+def place(folder: Path, weights: Path) -> None:
+    """Have the models of `weights` in `folder`, and none of an older set's files beside them.
+
+    Raises ModelError with one sentence, before anything is written, when one is not as SHA256SUMS has it.
+    """
+    sums = read_sums(weights)
+    for name, digest in sums.items():
+        if sha256(existing(weights / name)) != digest:
+            size = (weights / name).stat().st_size
+            raise ModelError(f"{weights / name} ({size} bytes) is not as {SUMS} has it; {RESTORE}.")
+    mirror(weights, folder, sums)
 
 
-def llama(vocabulary: int) -> LlamaModel:
-    return LlamaModel(
-        LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-        )
-    )
+def take(run: Path, weights: Path) -> None:
+    """Have a training run's models and its record in `weights`, with their SHA256SUMS.
+
+    Raises ModelError with one sentence, before anything is written, when they are not whole or too large.
+    """
+    from core.pipeline.profiles import load_profile  # these need torch, which `place` does not
+    from core.pipeline.weights import check_files
+    from core.settings import Settings
+
+    for source in load_profile(Settings(model_profile="demo")).sources("i2v"):
+        check_files(run / Path(source.location).name, source)
+    if not (run / RECORD).is_file():
+        raise ModelError(f"{run / RECORD} is missing.")
+    files = [path for part in PARTS for path in (run / part).rglob("*") if path.is_file()] + [run / RECORD]
+    sizes = {path: path.stat().st_size for path in files}
+    largest = max(files, key=sizes.__getitem__)
+    for what, size, most in (
+        (largest, sizes[largest], MOST_OF_A_FILE),
+        (f"All of {run}", sum(sizes.values()), MOST_OF_ALL),
+    ):
+        if size > most:
+            raise ModelError(f"{what} has {size / MIB:.1f} MiB, and {most / MIB:.0f} may be tracked.")
+    sums = {path.relative_to(run).as_posix(): sha256(path) for path in sorted(files)}
+    mirror(run, weights, sums)
+    (weights / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
 
-def clip(vocabulary: int) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=POOLED_WIDTH,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    )
+def mirror(source: Path, target: Path, sums: dict[str, str]) -> None:
+    """Copy what `target` has not yet, and remove all else in its models' folders."""
+    for part in PARTS + FORMER_PARTS:
+        for path in [*(target / part).rglob("*")]:
+            if path.is_file() and path.relative_to(target).as_posix() not in sums:
+                path.unlink()
+    for name, digest in sums.items():
+        copy = target / name
+        if not copy.is_file() or sha256(copy) != digest:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, copy)
 
 
-def siglip() -> SiglipVisionModel:
-    return SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=IMAGE_WIDTH,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=56,
-            patch_size=14,
-        )
-    )
+def read_sums(weights: Path) -> dict[str, str]:
+    """SHA256SUMS, in sha256sum's format, as digests by file name."""
+    path = existing(weights / SUMS)
+    lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in path.read_text().splitlines()]
+    if not lines or not all(lines):
+        raise ModelError(f"{path} is damaged; {RESTORE}.")
+    return {line[2]: line[1] for line in lines}
 
 
-def vae() -> AutoencoderKLHunyuanVideo:
-    return AutoencoderKLHunyuanVideo(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
+def existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ModelError(f"{path} is missing; {RESTORE}.")
+    return path
 
 
-def transformer() -> HunyuanVideoFramepackTransformer3DModel:
-    return HunyuanVideoFramepackTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        text_embed_dim=TEXT_WIDTH,
-        pooled_projection_dim=POOLED_WIDTH,
-        rope_axes_dim=(4, 6, 6),
-        has_image_proj=True,
-        image_proj_dim=IMAGE_WIDTH,
-        has_clean_x_embedder=True,
-    )
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    make_demo_models(folder)
-    print(f"Demo models written to {folder}")
+    sys.exit(main())

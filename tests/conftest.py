@@ -1,7 +1,6 @@
-"""What several tests need: the demo models, loaded once, and a small picture."""
+"""What several tests need: the tiny models, loaded once, and a small picture."""
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, before its first tensor: a third fewer seconds
 
@@ -12,8 +11,6 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores
 
-DEMO = Path(__file__).parents[1] / "models" / "demo"
-
 
 def pytest_collection_modifyitems(items):
     """Share the tests out by file, as their fixtures go; only the long parity jobs go one by one."""
@@ -23,13 +20,13 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def demo_models():
-    """The demo profile's models on the CPU. Tests must leave them as they found them."""
+def tiny_models():
+    """The tiny models on the CPU. Tests must leave them as they found them."""
     from core.pipeline import Models
     from core.pipeline.profiles import load_profile
-    from core.settings import Settings
+    from tests.tiny import TINY
 
-    return Models(load_profile(Settings(model_profile="demo")), torch.device("cpu"))
+    return Models(load_profile(TINY), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -40,7 +37,7 @@ def picture() -> np.ndarray:
 
 @pytest.fixture
 def quick_decode(monkeypatch):
-    """Three latent channels, enlarged, in place of the VAE's decode: nearly all of a demo job's time.
+    """Three latent channels, enlarged, in place of the VAE's decode: nearly all of a tiny job's time.
 
     For tests of what goes on around the pixels; the video still follows from the latents.
     """

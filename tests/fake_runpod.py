@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from core.settings import Settings
+from tests.tiny import TINY_ENV
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 120  # only a guard against hanging
@@ -45,7 +46,10 @@ def decode(video_base64: str) -> bytes:
 
 
 def environment(**values: str) -> dict[str, str]:
-    """This process's environment, with the demo models on the CPU and nothing that leads outside."""
+    """This process's environment, on the CPU and with nothing that leads outside.
+
+    With the tiny models, unless `values` say which profile.
+    """
     own = {field.name.upper() for field in fields(Settings)}
     kept = {
         name: value
@@ -54,13 +58,13 @@ def environment(**values: str) -> dict[str, str]:
         and not name.startswith(("RUNPOD_", "HF_"))
         and not name.lower().endswith("_proxy")  # the SDK's pings would go through it
     }
+    models = {} if "MODEL_PROFILE" in values else TINY_ENV
     fixed = {
-        "MODEL_PROFILE": "demo",
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",  # more threads than free cores make torch many times slower
     }
-    return kept | fixed | values
+    return kept | models | fixed | values
 
 
 def run_handler(

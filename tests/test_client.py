@@ -793,7 +793,7 @@ def test_the_readmes_examples_make_the_video(folder, language, command, operatio
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory):
-    """An endpoint with a worker as on RunPod, and the URL of a local server; both on the demo models."""
+    """An endpoint with a worker as on RunPod, and the URL of a local server; both on the tiny models."""
     logs = tmp_path_factory.mktemp("logs")
     port = free_port()
     local = ("--rp_serve_api", "--rp_api_port", str(port))

@@ -15,8 +15,8 @@ import pytest
 from diffusers import AutoencoderKLHunyuanVideo
 
 from core.pipeline import Models, initialize_models
-from core.settings import Settings
 from tests.test_images import encoded, picture, to_base64
+from tests.tiny import TINY
 
 ROOT = Path(__file__).parents[1]
 JOBS = 50
@@ -37,8 +37,8 @@ STEADY = {
 
 
 def quick_models() -> Models:
-    """The demo models with a VAE of one channel, as decoding is nearly all of a demo job's time."""
-    models = initialize_models(Settings(model_profile="demo"))
+    """The tiny models with a VAE of one channel, as decoding is nearly all of a tiny job's time."""
+    models = initialize_models(TINY)
     vae = AutoencoderKLHunyuanVideo(block_out_channels=(1, 1, 1, 1), layers_per_block=0, norm_num_groups=1)
     models.vae = vae.eval().requires_grad_(False)
     return models

@@ -1079,10 +1079,10 @@ def test_a_clients_own_time_out_still_counts(internet, site):
 
 
 @pytest.mark.usefixtures("internet", "quick_decode")
-def test_a_job_takes_its_image_from_a_url(demo_models):
+def test_a_job_takes_its_image_from_a_url(tiny_models):
     job = quick_input()
-    by_url = run_job(job | {"input_image": GOOD}, demo_models)
-    inlined = run_job(job | {"input_image": to_base64(encoded(picture(), "PNG"))}, demo_models)
+    by_url = run_job(job | {"input_image": GOOD}, tiny_models)
+    inlined = run_job(job | {"input_image": to_base64(encoded(picture(), "PNG"))}, tiny_models)
     assert by_url["video_base64"] == inlined["video_base64"]
     assert by_url["timings"]["input"] > 0
     assert "input_image" not in by_url["parameters"]
@@ -1100,16 +1100,16 @@ def test_a_job_takes_its_image_from_a_url(demo_models):
     ],
     ids=["html", "bomb", "404", "too large", "redirect inside"],
 )
-def test_a_job_says_what_is_wrong_with_its_url(demo_models, site, page, code):
+def test_a_job_says_what_is_wrong_with_its_url(tiny_models, site, page, code):
     site.pages["/bad.png"] = page
     job = quick_input(input_image="https://images.test/bad.png")
-    assert Worker(lambda: demo_models).submit("a", job).result()["code"] == code
+    assert Worker(lambda: tiny_models).submit("a", job).result()["code"] == code
 
 
 @pytest.mark.usefixtures("internet")
-def test_only_certain_hosts(demo_models, monkeypatch):
+def test_only_certain_hosts(tiny_models, monkeypatch):
     monkeypatch.setenv("INPUT_HOSTS", "cdn.images.test, *.example.com")
-    reply = Worker(lambda: demo_models).submit("a", quick_input(input_image=GOOD)).result()
+    reply = Worker(lambda: tiny_models).submit("a", quick_input(input_image=GOOD)).result()
     assert reply["code"] == "url_refused" and "not among those" in reply["error"]
 
 

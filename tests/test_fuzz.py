@@ -62,6 +62,7 @@ from tests.hostile_inputs import (
 )
 from tests.test_endurance import quick_input, quick_models, resident_memory
 from tests.test_images import to_base64
+from tests.tiny import TINY
 
 EXAMPLES = int(os.environ.get("FUZZ_REQUESTS", "300"))
 ROUND = 1000  # hypothesis remembers what it has tried until a run of it is over
@@ -300,7 +301,7 @@ def models(monkeypatch) -> SimpleNamespace:
     monkeypatch.delenv("RUNPOD_WEBHOOK_POST_OUTPUT", raising=False)
     return SimpleNamespace(
         device=torch.device("cpu"),
-        profile=load_profile(Settings(model_profile="demo")),
+        profile=load_profile(TINY),
         direction="i2v",
         use_direction=lambda direction: None,
         memory_mode="resident",

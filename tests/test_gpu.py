@@ -9,8 +9,8 @@ import torch
 from core.pipeline import Models, generate_video_sync
 from core.pipeline.profiles import load_profile
 from core.request import VideoRequest
-from core.settings import Settings
 from diffusers_helper import memory
+from tests.tiny import TINY
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +22,7 @@ REQUEST = VideoRequest(input_image="given below", prompt="a test", total_second_
 
 @pytest.fixture(scope="module")
 def models():
-    return Models(load_profile(Settings(model_profile="demo")), torch.device("cuda", 0), "resident")
+    return Models(load_profile(TINY), torch.device("cuda", 0), "resident")
 
 
 def generate(models, tmp_path, **options):

@@ -8,9 +8,9 @@ import pytest
 
 from core.pipeline.profiles import load_profile
 from core.settings import Settings
-from tests.conftest import DEMO
 from tests.fake_hub import fake_hub
 from tests.fake_runpod import environment, run_handler
+from tests.tiny import TINY_MODELS
 
 ROOT = Path(__file__).parents[1]
 LOAD = "from core.pipeline import initialize_models; m = initialize_models(); m.use_direction('f1')"
@@ -18,13 +18,13 @@ LOAD = "from core.pipeline import initialize_models; m = initialize_models(); m.
 
 @pytest.fixture
 def hub():
-    """The demo models under the real models' names."""
+    """The tiny models under the real models' names."""
     profile = load_profile(Settings())
     repositories = {
-        profile.transformers["i2v"].location: DEMO / "framepack",
-        profile.transformers["f1"].location: DEMO / "framepack_f1",
-        profile.hunyuan.location: DEMO / "hunyuan",
-        profile.redux.location: DEMO / "redux",
+        profile.transformers["i2v"].location: TINY_MODELS / "framepack",
+        profile.transformers["f1"].location: TINY_MODELS / "framepack_f1",
+        profile.hunyuan.location: TINY_MODELS / "hunyuan",
+        profile.redux.location: TINY_MODELS / "redux",
     }
     with fake_hub(repositories) as hub:
         yield hub

@@ -1,4 +1,4 @@
-"""A job from JSON to JSON on the demo models: the reply, memory retry, cancelling, tidiness."""
+"""A job from JSON to JSON on the tiny models: the reply, memory retry, cancelling, tidiness."""
 
 import base64
 import io
@@ -51,16 +51,16 @@ def frames_of(video_base64, tmp_path):
     return meta, sum(1 for _ in reader)
 
 
-def test_the_reply(data, demo_models, tmp_path):
-    reply = run_job(data | {"latent_window_size": 4}, demo_models)
+def test_the_reply(data, tiny_models, tmp_path):
+    reply = run_job(data | {"latent_window_size": 4}, tiny_models)
     meta, frames = frames_of(reply["video_base64"], tmp_path)
     assert (meta["codec"], meta["fps"]) == ("h264", 30)
     assert meta["pix_fmt"].startswith("yuv420p")
-    assert meta["size"] == (reply["width"], reply["height"]) == (224, 256)
+    assert meta["size"] == (reply["width"], reply["height"]) == (160, 224)
     assert frames == reply["frames"] == 33
     assert reply["duration_s"] == 1.1 and reply["sections"] == 2 and reply["fps"] == 30
     assert reply["content_type"] == "video/mp4" and reply["seed"] == 31337 and reply["warnings"] == []
-    assert reply["parameters"]["model"] == "i2v" and reply["parameters"]["resolution"] == 256
+    assert reply["parameters"]["model"] == "i2v" and reply["parameters"]["resolution"] == 192
     assert "input_image" not in reply["parameters"]
     assert json.loads(json.dumps(reply, allow_nan=False)) == reply
 
@@ -76,43 +76,43 @@ def test_the_reply(data, demo_models, tmp_path):
 
 
 @pytest.mark.usefixtures("quick_decode")
-def test_same_seed_same_video_other_seed_other_video(data, demo_models):
-    first, again = run_job(data, demo_models), run_job(data, demo_models)
-    other = run_job(data | {"seed": 1}, demo_models)
+def test_same_seed_same_video_other_seed_other_video(data, tiny_models):
+    first, again = run_job(data, tiny_models), run_job(data, tiny_models)
+    other = run_job(data | {"seed": 1}, tiny_models)
     assert first["video_base64"] == again["video_base64"] != other["video_base64"]
 
 
 @pytest.mark.usefixtures("quick_decode")
 @pytest.mark.parametrize("seed", [None, -1])
-def test_a_drawn_seed_is_echoed_and_repeats_the_video(data, demo_models, seed):
-    drawn = run_job(data | {"seed": seed}, demo_models)
+def test_a_drawn_seed_is_echoed_and_repeats_the_video(data, tiny_models, seed):
+    drawn = run_job(data | {"seed": seed}, tiny_models)
     assert 0 <= drawn["seed"] == drawn["parameters"]["seed"] < 2**32
-    assert run_job(data | {"seed": drawn["seed"]}, demo_models)["video_base64"] == drawn["video_base64"]
+    assert run_job(data | {"seed": drawn["seed"]}, tiny_models)["video_base64"] == drawn["video_base64"]
 
 
 @pytest.mark.usefixtures("quick_decode")
-def test_f1_and_guidance(data, demo_models):
-    f1 = run_job(data | {"model": "f1"}, demo_models)
+def test_f1_and_guidance(data, tiny_models):
+    f1 = run_job(data | {"model": "f1"}, tiny_models)
     assert f1["parameters"]["model"] == "f1" and f1["frames"] == 33
-    plain = run_job(data, demo_models)
-    guided = run_job(data | {"cfg": 3, "rs": 0.7, "n_prompt": "blurry"}, demo_models)
+    plain = run_job(data, tiny_models)
+    guided = run_job(data | {"cfg": 3, "rs": 0.7, "n_prompt": "blurry"}, tiny_models)
     assert plain["parameters"]["model"] == "i2v"
     assert len({f1["video_base64"], plain["video_base64"], guided["video_base64"]}) == 3
 
 
 @pytest.mark.usefixtures("quick_decode")
-def test_what_had_no_effect_is_said(data, demo_models):
-    reply = run_job(data | {"n_prompt": "x", "rs": 0.5, "gpu_memory_preservation": 3}, demo_models)
+def test_what_had_no_effect_is_said(data, tiny_models):
+    reply = run_job(data | {"n_prompt": "x", "rs": 0.5, "gpu_memory_preservation": 3}, tiny_models)
     assert [w.split(" ")[0] for w in reply["warnings"]] == ["`n_prompt`", "`rs`", "`gpu_memory_preservation`"]
-    long = run_job(data | {"prompt": "word " * 100}, demo_models)
+    long = run_job(data | {"prompt": "word " * 100}, tiny_models)
     assert long["warnings"] == [
         "`prompt` is longer than the 256 tokens the model reads; the rest was ignored."
     ]
 
 
 @pytest.mark.usefixtures("quick_decode")
-def test_teacache_says_what_it_computed(data, demo_models):
-    skipping = run_job(data | {"steps": 12, "total_second_length": 1}, demo_models)
+def test_teacache_says_what_it_computed(data, tiny_models):
+    skipping = run_job(data | {"steps": 12, "total_second_length": 1}, tiny_models)
     section = skipping["timings"]["sections"][0]
     assert section["steps"] == 12 and 2 <= section["steps_computed"] < 12
 
@@ -132,23 +132,23 @@ class TestOutOfMemory:
         monkeypatch.setattr(core.job, "generate_video_sync", generate)
         return calls
 
-    def test_one_retry_with_less(self, data, demo_models, monkeypatch):
+    def test_one_retry_with_less(self, data, tiny_models, monkeypatch):
         calls = self.failing(monkeypatch, times=1)
-        reply = run_job(data, demo_models)
+        reply = run_job(data, tiny_models)
         assert calls == [False, True]
         assert "run again" in reply["warnings"][0] and reply["worker"]["memory_mode"] == "swap"
 
-    def test_then_a_clear_error_that_asks_for_a_fresh_worker(self, data, demo_models, monkeypatch):
+    def test_then_a_clear_error_that_asks_for_a_fresh_worker(self, data, tiny_models, monkeypatch):
         self.failing(monkeypatch, times=2)
         with pytest.raises(OutOfMemoryError, match="too little memory"):
-            run_job(data, demo_models)
-        worker = Worker(lambda: demo_models)
+            run_job(data, tiny_models)
+        worker = Worker(lambda: tiny_models)
         self.failing(monkeypatch, times=2)
         reply = worker.submit("a", data).result()
         assert reply["code"] == "out_of_memory" and reply["refresh_worker"] is True
         assert "video_base64" in worker.submit("b", data).result()
 
-    def test_a_lost_gpu_asks_for_a_fresh_worker(self, data, demo_models, monkeypatch):
+    def test_a_lost_gpu_asks_for_a_fresh_worker(self, data, tiny_models, monkeypatch):
         """Even where tidying up after it fails as well, as it does on a context that is gone."""
 
         def lost(*_, **__):
@@ -156,22 +156,22 @@ class TestOutOfMemory:
 
         monkeypatch.setattr(core.job, "generate_video_sync", lost)
         monkeypatch.setattr(core.job.memory, "release_unused_memory", lost)
-        reply = Worker(lambda: demo_models).submit("a", data).result()
+        reply = Worker(lambda: tiny_models).submit("a", data).result()
         assert reply["code"] == "gpu_failed" and reply["refresh_worker"] is True
 
-    def test_other_errors_are_not_retried(self, data, demo_models, monkeypatch):
+    def test_other_errors_are_not_retried(self, data, tiny_models, monkeypatch):
         def generate(*args, **options):
             raise ZeroDivisionError
 
         monkeypatch.setattr(core.job, "generate_video_sync", generate)
         with pytest.raises(ZeroDivisionError):
-            run_job(data, demo_models)
+            run_job(data, tiny_models)
 
 
 @pytest.mark.usefixtures("quick_decode")
 class TestCancel:
     @pytest.mark.parametrize("after", [0, 1, 3, 6])
-    def test_stops_at_the_next_check(self, data, demo_models, after):
+    def test_stops_at_the_next_check(self, data, tiny_models, after):
         reports = []
 
         def check():
@@ -179,28 +179,28 @@ class TestCancel:
                 raise CancelledError("The job was cancelled.")
 
         with pytest.raises(CancelledError):
-            run_job(data, demo_models, report=reports.append, check_cancelled=check)
+            run_job(data, tiny_models, report=reports.append, check_cancelled=check)
         assert len(reports) == after + 1  # not one stage or step more
-        assert "video_base64" in run_job(data, demo_models)
+        assert "video_base64" in run_job(data, tiny_models)
 
-    def test_every_step_is_checked(self, data, demo_models):
+    def test_every_step_is_checked(self, data, tiny_models):
         reports = []
-        run_job(data, demo_models, report=reports.append)
+        run_job(data, tiny_models, report=reports.append)
         sampled = [(p.section, p.step) for p in reports if p.stage == "sample" and p.step]
         assert sampled == [(section, step) for section in (1, 2, 3, 4) for step in (1, 2)]
         assert [p.percent for p in reports] == sorted(p.percent for p in reports)
 
-    def test_a_job_cancelled_while_it_waits_never_starts(self, data, demo_models):
-        worker, cancelled = Worker(lambda: demo_models), threading.Event()
+    def test_a_job_cancelled_while_it_waits_never_starts(self, data, tiny_models):
+        worker, cancelled = Worker(lambda: tiny_models), threading.Event()
         cancelled.set()
         assert worker.submit("a", data, cancelled=cancelled).result()["code"] == "cancelled"
 
 
 @pytest.mark.usefixtures("quick_decode")
 class TestWorker:
-    def test_models_load_once_and_only_when_needed(self, data, demo_models):
+    def test_models_load_once_and_only_when_needed(self, data, tiny_models):
         loads = []
-        worker = Worker(lambda: loads.append(1) or demo_models)
+        worker = Worker(lambda: loads.append(1) or tiny_models)
         assert loads == []
         worker.start()
         first, second = worker.submit("a", data).result(), worker.submit("b", data).result()
@@ -218,9 +218,9 @@ class TestWorker:
 @pytest.mark.usefixtures("quick_decode")
 class TestDelivery:
     def test_too_large_a_video_is_an_error_and_the_next_job_runs(
-        self, data, demo_models, monkeypatch, tmp_path
+        self, data, tiny_models, monkeypatch, tmp_path
     ):
-        worker = Worker(lambda: demo_models)
+        worker = Worker(lambda: tiny_models)
         monkeypatch.setenv("VOLUME_DIR", str(tmp_path))
         monkeypatch.setenv("INLINE_LIMIT_MB", "0.001")
         reply = worker.submit("job-9", data).result()
@@ -229,19 +229,19 @@ class TestDelivery:
         monkeypatch.delenv("INLINE_LIMIT_MB")
         assert "video_base64" in worker.submit("job-10", data).result()
 
-    def test_a_url_reply_has_no_base64(self, data, demo_models):
+    def test_a_url_reply_has_no_base64(self, data, tiny_models):
         def deliver(path, job_id, request, check_cancelled):
             assert path.read_bytes()[4:8] == b"ftyp" and (job_id, request.output) == ("job-9", "url")
             return {"video_url": "https://storage.example/job-9.mp4", "delivery_warning": "Slow today."}
 
-        worker = Worker(lambda: demo_models, deliver)
+        worker = Worker(lambda: tiny_models, deliver)
         reply = worker.submit("job-9", data | {"output": "url"}).result()
         assert reply["video_url"].endswith("job-9.mp4") and reply["content_type"] == "video/mp4"
         assert "video_base64" not in reply and "delivery_warning" not in reply
         assert reply["warnings"] == ["Slow today."] and reply["timings"]["deliver"] >= 0
 
-    def test_a_reply_that_is_not_json_is_an_error(self, data, demo_models):
-        worker = Worker(lambda: demo_models, lambda *_: {"video_base64": b"bytes"})
+    def test_a_reply_that_is_not_json_is_an_error(self, data, tiny_models):
+        worker = Worker(lambda: tiny_models, lambda *_: {"video_base64": b"bytes"})
         assert worker.submit("job-9", data).result()["code"] == "internal_error"
 
 

@@ -16,23 +16,17 @@ from core.pipeline.profiles import TRANSFORMER, Source, load_profile
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import plan_sections
 from core.settings import Settings
-from tests.conftest import DEMO
+from tests.tiny import TINY, TINY_MODELS, models_at
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
-def demo_copy(tmp_path):
-    """A copy of the demo models to break, and the settings that point at it."""
+def tiny_copy(tmp_path):
+    """A copy of the tiny models to break, and the settings that point at it."""
     folder = tmp_path / "models"
-    shutil.copytree(DEMO, folder)
-    settings = Settings(
-        model_profile="demo",
-        framepack_model=str(folder / "framepack"),
-        hunyuan_model=str(folder / "hunyuan"),
-        redux_model=str(folder / "redux"),
-    )
-    return folder, settings
+    shutil.copytree(TINY_MODELS, folder)
+    return folder, Settings.from_env(models_at(folder))
 
 
 def load(settings):
@@ -43,16 +37,16 @@ def load(settings):
     "missing",
     ["framepack", "hunyuan/vae", "hunyuan/tokenizer", "hunyuan/text_encoder", "redux/image_encoder"],
 )
-def test_a_missing_folder_is_named(demo_copy, missing):
-    folder, settings = demo_copy
+def test_a_missing_folder_is_named(tiny_copy, missing):
+    folder, settings = tiny_copy
     shutil.rmtree(folder / missing)
     with pytest.raises(ModelError, match=missing):
         load(settings)
 
 
 @pytest.mark.parametrize("part", ["framepack", "hunyuan/vae", "redux/image_encoder"])
-def test_a_truncated_weight_file_is_named(demo_copy, part):
-    folder, settings = demo_copy
+def test_a_truncated_weight_file_is_named(tiny_copy, part):
+    folder, settings = tiny_copy
     (weights,) = (folder / part).glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match=part) as error:
@@ -61,8 +55,8 @@ def test_a_truncated_weight_file_is_named(demo_copy, part):
 
 
 @pytest.mark.filterwarnings("ignore")  # the libraries warn as well
-def test_a_missing_weight_is_an_error_not_a_random_one(demo_copy):
-    folder, settings = demo_copy
+def test_a_missing_weight_is_an_error_not_a_random_one(tiny_copy):
+    folder, settings = tiny_copy
     path = folder / "framepack" / WEIGHTS
     state = load_file(path)
     state.pop("proj_out.weight")
@@ -82,8 +76,8 @@ def test_a_missing_weight_is_an_error_not_a_random_one(demo_copy):
         ("redux/image_encoder", "post_layernorm.weight"),
     ],
 )
-def test_a_weight_of_the_wrong_shape_is_named_with_both_shapes(demo_copy, part, name):
-    folder, settings = demo_copy
+def test_a_weight_of_the_wrong_shape_is_named_with_both_shapes(tiny_copy, part, name):
+    folder, settings = tiny_copy
     (path,) = (folder / part).glob("*.safetensors")
     state = load_file(path)
     shape = tuple(state[name].shape)
@@ -115,8 +109,8 @@ def in_shards(part: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("part", ["framepack", "hunyuan/text_encoder"])
-def test_weights_in_shards_are_whole_or_refused(demo_copy, part):
-    folder, settings = demo_copy
+def test_weights_in_shards_are_whole_or_refused(tiny_copy, part):
+    folder, settings = tiny_copy
     _, second = in_shards(folder / part)
     models = load(settings)
     assert models.transformer is not None
@@ -129,24 +123,24 @@ def test_weights_in_shards_are_whole_or_refused(demo_copy, part):
         load(settings)
 
 
-def test_a_broken_config_is_named(demo_copy):
-    folder, settings = demo_copy
+def test_a_broken_config_is_named(tiny_copy):
+    folder, settings = tiny_copy
     (folder / "framepack" / "config.json").write_text("{not json")
     with pytest.raises(ModelError, match="framepack"):
         load(settings)
 
 
-def test_the_library_class_gives_the_same_velocity(demo_models):
+def test_the_library_class_gives_the_same_velocity(tiny_models):
     """Ours is the library's forward, rearranged: no difference at all in float32."""
-    ours = demo_models.transformer
-    library = HunyuanVideoFramepackTransformer3DModel.from_pretrained(DEMO / "framepack").eval()
+    ours = tiny_models.transformer
+    library = HunyuanVideoFramepackTransformer3DModel.from_pretrained(TINY_MODELS / "framepack").eval()
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):
         return torch.randn(*shape, generator=generator)
 
     section = plan_sections(2.4, 9, "i2v").sections[0]
-    history = pack_history(section, randn(1, 16, 1, 24, 16), randn(1, 16, 19, 24, 16), False, demo_models)
+    history = pack_history(section, randn(1, 16, 1, 24, 16), randn(1, 16, 19, 24, 16), False, tiny_models)
     mask = torch.zeros(1, 512, dtype=torch.bool)
     mask[:, :20] = True
     shared = {
@@ -165,21 +159,21 @@ def test_the_library_class_gives_the_same_velocity(demo_models):
     assert torch.equal(velocity, expected)
 
 
-def test_the_vae_attends_as_the_librarys_does(demo_models):
+def test_the_vae_attends_as_the_librarys_does(tiny_models):
     """Frame by frame instead of under a mask: the same pixels and latents to float32 rounding."""
-    library = AutoencoderKLHunyuanVideo.from_pretrained(DEMO / "hunyuan" / "vae").eval()
+    library = AutoencoderKLHunyuanVideo.from_pretrained(TINY_MODELS / "hunyuan" / "vae").eval()
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 16, 5, 8, 6, generator=generator)
     pixels = torch.rand(1, 3, 9, 48, 64, generator=generator) * 2 - 1
     with torch.no_grad():
         expected = library.decode(latents).sample, library.encode(pixels).latent_dist.parameters
-        ours = demo_models.vae.decode(latents).sample, demo_models.vae.encode(pixels).latent_dist.parameters
+        ours = tiny_models.vae.decode(latents).sample, tiny_models.vae.encode(pixels).latent_dist.parameters
     for result, reference in zip(ours, expected, strict=True):
         assert (result - reference).norm() / reference.norm() < 1e-5
 
 
 def test_switching_direction_loads_the_other_transformer():
-    models = load(Settings(model_profile="demo"))
+    models = load(TINY)
     first = models.transformer
     models.use_direction("f1")
     assert models.direction == "f1" and models.transformer is not first
@@ -187,8 +181,15 @@ def test_switching_direction_loads_the_other_transformer():
     assert models.direction == "i2v"
 
 
+def test_one_transformer_may_serve_both_directions():
+    models = load(replace(TINY, framepack_f1_model=TINY.framepack_model))
+    transformer = models.transformer
+    models.use_direction("f1")
+    assert models.direction == "f1" and models.transformer is transformer
+
+
 def test_a_switch_to_nothing_leaves_the_transformer_where_it_is(tmp_path):
-    models = load(Settings(model_profile="demo", framepack_f1_model=str(tmp_path / "nothing")))
+    models = load(replace(TINY, framepack_f1_model=str(tmp_path / "nothing")))
     transformer = models.transformer
     with pytest.raises(ModelError, match="nothing"):
         models.use_direction("f1")
@@ -196,13 +197,13 @@ def test_a_switch_to_nothing_leaves_the_transformer_where_it_is(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_failed_switch_leaves_the_worker_able_to_go_back(demo_copy):
+def test_a_failed_switch_leaves_the_worker_able_to_go_back(tiny_copy):
     """Its files are whole, but no F1 transformer can be made of them."""
-    folder, settings = demo_copy
+    folder, settings = tiny_copy
     state = load_file(folder / "framepack_f1" / WEIGHTS)
     state.pop("proj_out.weight")
     save_file(state, folder / "framepack_f1" / WEIGHTS)
-    models = load(replace(settings, framepack_f1_model=str(folder / "framepack_f1")))
+    models = load(settings)
     with pytest.raises(ModelError, match="proj_out"):
         models.use_direction("f1")
     models.use_direction("i2v")
@@ -210,7 +211,7 @@ def test_a_failed_switch_leaves_the_worker_able_to_go_back(demo_copy):
 
 
 def test_on_a_cpu_there_is_only_resident():
-    models = initialize_models(Settings(model_profile="demo", memory_mode="swap"))
+    models = initialize_models(replace(TINY, memory_mode="swap"))
     assert models.memory_mode == "resident"
     assert models.transformer_dtype == torch.float32
 
@@ -219,6 +220,9 @@ def test_profiles():
     assert load_profile(Settings()).direction == "i2v"
     assert load_profile(Settings(model_profile="framepack-f1")).direction == "f1"
     assert load_profile(Settings()).resolution == 640
+    demo = load_profile(Settings(model_profile="demo"))
+    assert demo.resolution == 192
+    assert demo.transformers["i2v"] == demo.transformers["f1"]
     own = load_profile(Settings(framepack_model="someone/else"))
     assert own.transformers["i2v"] == Source("someone/else", TRANSFORMER, None)
     assert len(own.sources("i2v", "f1")) == 4
@@ -233,6 +237,6 @@ def test_folders_and_hub_ids_are_told_apart(tmp_path):
 
 
 def test_sizes_come_from_the_configs():
-    """Nothing in the demo's sizes is the real models', yet the same code loads them."""
-    config = json.loads((DEMO / "framepack" / "config.json").read_text())
+    """None of these sizes is the real models', yet the same code loads them."""
+    config = json.loads((TINY_MODELS / "framepack" / "config.json").read_text())
     assert config["num_attention_heads"] != 24 and config["text_embed_dim"] != 4096

@@ -1,6 +1,7 @@
 """Section latents and pixels against what the official code made from the same tiny models (tests/golden)."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +13,15 @@ import core.pipeline
 from core.pipeline import Models, generate_video_sync
 from core.pipeline.profiles import load_profile
 from core.request import VideoRequest
-from core.settings import Settings
+from tests.tiny import TINY
 
 GOLDEN = Path(__file__).parent / "golden"
-TINY = GOLDEN / "tiny"
 
 
 @pytest.fixture(scope="module")
 def models():
-    settings = Settings(
-        framepack_model=str(TINY / "framepack"),
-        framepack_f1_model=str(TINY / "framepack_f1"),
-        hunyuan_model=str(TINY / "hunyuan"),
-        redux_model=str(TINY / "redux"),
-    )
-    return Models(load_profile(settings), torch.device("cpu"))
+    official = replace(TINY, model_profile="framepack")  # for its resolution
+    return Models(load_profile(official), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

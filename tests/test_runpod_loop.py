@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.fake_runpod import (
     BASE64,
-    ROOT,
     FakeRunPod,
     decode,
     is_mp4,
@@ -22,6 +21,7 @@ from tests.fake_runpod import (
     run_handler,
     running_handler,
 )
+from tests.tiny import TINY_MODELS
 
 IN_FLIGHT_S = 1.5  # for an update to arrive; below the 2 s between two updates
 
@@ -123,9 +123,9 @@ def test_sigterm_lets_the_running_job_finish(runpod, worker):
 
 
 def broken_models(folder: Path, fault: str) -> Path:
-    """The demo's HunyuanVideo models with something wrong with the VAE's weights; returns the file."""
+    """The tiny HunyuanVideo models with something wrong with the VAE's weights; returns the file."""
     if fault != "missing":
-        shutil.copytree(ROOT / "models" / "demo" / "hunyuan", folder)
+        shutil.copytree(TINY_MODELS / "hunyuan", folder)
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     if fault == "truncated":
         weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])

@@ -85,10 +85,12 @@ class Models:
         self.load_seconds = time.perf_counter() - started
 
     def use_direction(self, direction: Direction) -> None:
-        """Have the transformer for `direction`; one is kept, the other is loaded when asked for."""
-        if direction == self.direction and self.transformer is not None:
+        """Have the transformer for `direction`; one is kept, and another is loaded when asked for."""
+        source = self.profile.transformers[direction]
+        if self.transformer is not None and source == self.profile.transformers[self.direction]:
+            self.direction = direction
             return
-        folder = self._folder(self.profile.transformers[direction])
+        folder = self._folder(source)
         if self.transformer is not None:
             memory.forget(self.transformer)
             self.transformer = None

@@ -75,7 +75,7 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """A worker's models: one transformer per direction, shared encoders and VAE, and its own defaults."""
+    """A worker's models: a transformer for each direction, shared encoders and VAE, and its own defaults."""
 
     name: str
     direction: Direction  # the transformer loaded at start, and a request's default
@@ -139,11 +139,8 @@ def _demo() -> ModelProfile:
     return ModelProfile(
         name="demo",
         direction="i2v",
-        transformers={
-            "i2v": Source(str(DEMO_MODELS / "framepack"), TRANSFORMER),
-            "f1": Source(str(DEMO_MODELS / "framepack_f1"), TRANSFORMER),
-        },
+        transformers=dict.fromkeys(("i2v", "f1"), Source(str(DEMO_MODELS / "framepack"), TRANSFORMER)),
         hunyuan=Source(str(DEMO_MODELS / "hunyuan"), HUNYUAN),
         redux=Source(str(DEMO_MODELS / "redux"), REDUX),
-        resolution=256,
+        resolution=192,
     )
