@@ -1,7 +1,7 @@
-"""The demo's text encoders, image encoder and tokenizers: the real classes, small, random and frozen.
+"""The demo's text encoders, image encoder and tokenizers: the real classes, small, with random weights.
 
-A frozen random encoder tells prompts apart, which is all that a transformer trained on it needs. The
-tokenizers have merges for the world's prompts and HunyuanVideo's template, and fall back to bytes.
+The image encoder stays random; reading.py teaches the text encoders. The tokenizers have merges for the
+world's prompts and HunyuanVideo's template, and fall back to bytes.
 """
 
 import json
@@ -46,7 +46,7 @@ def write_encoders(folder: Path, prompts: Sequence[str], seed: int) -> None:
                 vocab_size=vocabulary,
                 hidden_size=TEXT_WIDTH,
                 intermediate_size=2 * TEXT_WIDTH,
-                num_hidden_layers=4,
+                num_hidden_layers=6,  # of which the worker takes the fourth's output
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=4096,

@@ -55,9 +55,19 @@ def prompt_of(scene: Scene, rng: random.Random) -> str:
 
 def describe(meaning: Meaning, rng: random.Random) -> str:
     """The meaning in words, the events in any order; one prompt in three is written as a sentence."""
-    clauses = [_clause(event, rng) for event in rng.sample(meaning, len(meaning))]
-    prompt = rng.choice(JOINTS).join(clauses)
-    return prompt[0].upper() + prompt[1:] + "." if rng.random() < 1 / 3 else prompt
+    return spoken(meaning, rng)[0]
+
+
+def spoken(meaning: Meaning, rng: random.Random) -> tuple[str, list[tuple[int, Event]]]:
+    """The same, and where in it each event's clause begins."""
+    events = rng.sample(meaning, len(meaning))
+    clauses = [_clause(event, rng) for event in events]
+    joint = rng.choice(JOINTS)
+    starts = [len(joint.join([*clauses[:number], ""])) for number in range(len(clauses))]
+    prompt = joint.join(clauses)
+    if rng.random() < 1 / 3:
+        prompt = prompt[0].upper() + prompt[1:] + "."
+    return prompt, list(zip(starts, events, strict=True))
 
 
 def plain_prompt(meaning: Meaning) -> str:

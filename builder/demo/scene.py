@@ -38,6 +38,7 @@ from diffusers_helper.buckets import buckets
 FRAME_SIZES = tuple(buckets(192))  # (height, width)
 TEST_KINDS = ("one", "two", "combination", "camera", "speed", "aspect")
 
+CAMERA_SHARE = 0.25  # of the scenes of training
 PLAIN = ("flat", "gradient", "glow", "stripes", "checks")
 TEXTURES = ("noise", "blobs")  # also before the camera: one sees in every direction how they move
 
@@ -140,11 +141,27 @@ def train_scene(
 ) -> Scene:
     """One scene of training, of the size (height, width) or of any of FRAME_SIZES."""
     size = size or rng.choice(FRAME_SIZES)
-    if rng.random() < 0.25:
+    if rng.random() < CAMERA_SHARE:
         return _camera_scene(rng, size, photographs, bystanders=rng.choice((0, 0, 1, 2)))
-    actors = 1 if rng.random() < 0.7 else 2
+    actors = _draw_actors(rng)
     bystanders = rng.choice((0, 1, 1, 2) if actors == 1 else (0, 0, 1))
     return _shape_scene(rng, size, photographs, actors, bystanders)
+
+
+def draw_meaning(rng: random.Random) -> Meaning:
+    """What a scene of training may be about, without the scene."""
+    if rng.random() < CAMERA_SHARE:
+        return (Event(_draw_action(rng, rng.choice(CAMERA_VERBS))),)
+    actors = _draw_actors(rng)
+    verbs = _draw_verbs(rng, actors, moving=False)
+    while True:
+        colours = rng.sample(NAMES, 2 * actors)
+        events = tuple(
+            Event(_draw_action(rng, verb, new), old, _draw_kind(rng, verb))
+            for verb, old, new in zip(verbs, colours[:actors], colours[actors:], strict=True)
+        )
+        if not any(held_out(event.kind, event.colour, event.action.verb) for event in events):
+            return events
 
 
 def photograph_scene(rng: random.Random, size: tuple[int, int], photographs: Collection[str] = SEEN) -> Scene:
@@ -227,6 +244,14 @@ def _camera_scene(
             return Scene(*size, background, tuple(shapes), camera)
 
 
+def _draw_actors(rng: random.Random) -> int:
+    return 1 if rng.random() < 0.7 else 2
+
+
+def _draw_kind(rng: random.Random, verb: str) -> str:
+    return rng.choice(tuple(SYMMETRY) if verb in TURNS else KINDS)
+
+
 def _draw_verbs(rng: random.Random, count: int, moving: bool) -> list[str]:
     """Different ones; with `moving`, none that has no speed."""
     straight, diagonal = MOVES[:4], MOVES[4:]
@@ -262,7 +287,7 @@ def _draw_shape(
     short = min(size)
     radius = rng.uniform(*radii) * short
     verb = action.verb if action else "stays"
-    kind = rng.choice(tuple(SYMMETRY) if verb in TURNS else KINDS)
+    kind = _draw_kind(rng, verb)
     clear = MARGIN * short + radius * (math.exp(SIZE_LIMIT) if verb == "grows" else 1)
     left, top, right, bottom = clear, clear, width - clear, height - clear
     if verb in MOVES:

@@ -22,8 +22,9 @@ from builder.demo.devices import ahead
 from builder.demo.encoders import Encoders, write_encoders
 from builder.demo.layouts import CLIP_FRAMES, PARTS, SHORT_FRAMES
 from builder.demo.motion import SECTION
-from builder.demo.prompts import prompt_of
-from builder.demo.scene import FRAME_SIZES, photograph_scene, train_scene
+from builder.demo.prompts import describe, prompt_of
+from builder.demo.reading import train_text_encoders
+from builder.demo.scene import FRAME_SIZES, draw_meaning, photograph_scene, train_scene
 from builder.demo.transformer import make_transformer, save_transformer, train_transformer
 from builder.demo.world import render_batch
 
@@ -32,8 +33,8 @@ VAE_PHOTOGRAPHS = 0.2  # of the VAE's clips, besides those of the world itself
 VAE_LATEST_START, LATEST_START = 120, 300  # frames; cameras and shapes have come to rest by then
 BANK_FRAMES, PARAPHRASES = 4 * CLIP_FRAMES, 3  # frames encoded at once
 PART_BATCHES = (0.35, 0.5, 0.15)  # of the bank's batches, by PARTS
-BATCH = 48
-TOKENIZER_PROMPTS = 20_000
+BATCH = 96
+TOKENIZER_PROMPTS, READING_PROMPTS, READING_STEPS = 20_000, 40_000, 1500
 INFERENCE_NOISE = 0.01  # the start latent is as good as the decoder allows
 
 
@@ -59,6 +60,8 @@ def train(folder: Path, seed: int, vae_steps: int, clips: int, steps: int, batch
 
     with record.part("encoders"):
         write_encoders(folder, draw_prompts(random.Random(f"prompts {seed}"), TOKENIZER_PROMPTS), seed)
+        for row in train_text_encoders(folder, READING_STEPS, READING_PROMPTS, device, seed):
+            record.row(row)
         encoders = Encoders(folder, device)
 
     with record.part("vae"):
@@ -87,7 +90,7 @@ def train(folder: Path, seed: int, vae_steps: int, clips: int, steps: int, batch
 
 
 def draw_prompts(rng: random.Random, number: int) -> list[str]:
-    return [prompt_of(train_scene(rng), rng) for _ in range(number)]
+    return [describe(draw_meaning(rng), rng) for _ in range(number)]
 
 
 def vae_batch(rng: random.Random, device: torch.device) -> torch.Tensor:
