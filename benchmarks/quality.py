@@ -297,7 +297,7 @@ def choices(device: torch.device) -> list[Choice]:
     offered = [
         Choice("exact"),
         *(Choice(f"TeaCache {t:g}", {"use_teacache": True}, threshold=t) for t in teacache),
-        *(Choice(f"{n} steps", {"steps": n}) for n in (20, 15, 10)),
+        *(Choice(f"steps {n}", {"steps": n}) for n in (20, 15, 10)),
         Choice("cfg 2", {"cfg": 2.0}),
         Choice("tiled decode", tiled=True),
         *(Choice(f"crf {n}", {"mp4_crf": n}) for n in (0, 23, 28)),

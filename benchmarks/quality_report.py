@@ -14,7 +14,12 @@ from builder.make_demo_models import PARTS, RECORD, sha256
 NEAR = 0.25  # of what was asked: a travel that is this near counts
 FIRST_FRAME = 34.0  # dB
 MOST_FAILURES = 20  # of a set, in the text; the JSON has all
-NEUTRAL = {"brightness": 0.0, "contrast": 1.0, "sharpness": 1.0, "chroma": 1.0}
+NEUTRAL = {  # drift of a video that does not change
+    "brightness": 0.0,
+    "contrast": 1.0,
+    "sharpness": 1.0,
+    "chroma": 1.0,
+}
 
 
 class Bound(NamedTuple):
@@ -158,7 +163,12 @@ def report(about: dict, by_set: dict[str, list[dict]], summary: Summary, costs: 
             [_cost_row(name, cost) for name, cost in costs.items()],
             "PSNR in dB, 100 for equal frames. Times are ratios to the exact path, medians of the scenes.",
         ),
-        _section("Drift, the last section against the first", _DRIFT_HEADS, _drift_rows(videos)),
+        _section(
+            "Drift, the last section against the first",
+            _DRIFT_HEADS,
+            _drift_rows(videos),
+            "Brightness is a difference in grey levels, the others are ratios: median, and furthest off.",
+        ),
         _failures(by_set),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -208,30 +218,22 @@ def _cost_row(name: str, cost: dict[str, float]) -> tuple[str, ...]:
     )
 
 
-_DRIFT_HEADS = (
-    "set",
-    *(
-        f"{what}{of}"
-        for what in ("brightness (levels)", "contrast", "sharpness", "chroma")
-        for of in ("", ", worst")
-    ),
-)
+_DRIFT_HEADS = ("set", *(head for statistic in NEUTRAL for head in (statistic, "worst")))
 
 
 def _drift_rows(videos: dict[str, list[dict]]) -> list[tuple[str, ...]]:
     """Of the long videos, and of the true clips, which change too."""
     rows = []
     for name, samples in videos.items():
-        for of, whose in (("drift", name), ("true_drift", f"{name}, truth")):
-            drifts = [one[of] for one in samples if of in one]
+        long = [one for one in samples if "drift" in one]
+        for of, whose in (("drift", name), ("true_drift", f"{name}, truth")) if long else ():
             cells = []
             for statistic, neutral in NEUTRAL.items():
-                values = [drift[statistic] for drift in drifts]
-                worst = max(values, key=lambda value: abs(value - neutral), default=0)
-                form = "+.1f" if statistic == "brightness" else ".2f"
-                cells += [format(value, form) for value in (_of(median, values) or 0, worst)]
-            if drifts:
-                rows.append((whose, *cells))
+                values = [one[of][statistic] for one in long]
+                worst = max(values, key=lambda value: abs(value - neutral))
+                form = ".2f" if neutral else "+.1f"
+                cells += [format(median(values), form), format(worst, form)]
+            rows.append((whose, *cells))
     return rows
 
 
@@ -289,14 +291,25 @@ def draw(summary: Summary, costs: dict, path: Path) -> None:
     )
     left.invert_yaxis()
     left.set(xlim=(0, 100), xlabel="% of prompts followed; red: the bound")
-    for name, cost in costs.items():
-        if name != "exact":
-            right.plot(cost["total_time"], cost["to_exact"], "o", color="steelblue")
-            right.annotate(
-                name, (cost["total_time"], cost["to_exact"]), (4, 2), textcoords="offset points", fontsize=8
-            )
-    right.set(xlabel="time of the whole job, exact = 1", ylabel="PSNR to the exact video, dB")
+    for family, of in _families(name for name in costs if name != "exact").items():
+        points = [(costs[name]["sample_time"], costs[name]["to_exact"]) for name in of]
+        right.plot(*zip(*points, strict=True), "o-", label=family)
+        for name, point in zip(of, points, strict=True):
+            if name != family:
+                right.annotate(name.split()[-1], point, (5, 3), textcoords="offset points", fontsize=8)
+    if costs:
+        right.legend()
+    right.set(xlabel="sampling time, exact = 1", ylabel="PSNR to the exact video, dB (100: equal)")
     figure.savefig(path, dpi=120)
+
+
+def _families(choices: Iterable[str]) -> dict[str, list[str]]:
+    """Those that differ by a number go together: "steps" → "steps 20", "steps 15"; others are alone."""
+    families: dict[str, list[str]] = {}
+    for name in choices:
+        word, _, value = name.partition(" ")
+        families.setdefault(word if value[:1].isdigit() else name, []).append(name)
+    return families
 
 
 def _section(title: str, heads: Iterable[str], rows: Iterable[Iterable[str]], note: str = "") -> str:
