@@ -52,10 +52,14 @@ def compressed(frames: np.ndarray, crf: int = 28) -> np.ndarray:
         path = Path(folder) / "clip.mp4"
         clip = torch.from_numpy(frames).permute(3, 0, 1, 2)[None]
         save_bcthw_as_mp4([clip], path, crf=crf)
-        reader = imageio_ffmpeg.read_frames(str(path))
-        next(reader)
-        read = [np.frombuffer(data, np.uint8).reshape(frames.shape[1:]) for data in reader]
-    return np.stack(read)
+        return read_video(path)
+
+
+def read_video(path: Path) -> np.ndarray:
+    """(T, H, W, 3) uint8."""
+    reader = imageio_ffmpeg.read_frames(str(path))
+    width, height = next(reader)["source_size"]
+    return np.stack([np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader])
 
 
 def all_three(frames: np.ndarray) -> np.ndarray:
