@@ -17,10 +17,11 @@ from core.delivery import CONTENT_TYPE, Deliver, inlined
 from core.errors import OutOfMemoryError
 from core.fetch import fetch_url
 from core.images import Fetch, decode_image
-from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
+from core.keyframes import decode_keyframes
+from core.pipeline import GeneratedVideo, Models, Report, frame_size, generate_video_sync
 from core.pipeline.sections import FPS
 from core.progress import Progress
-from core.request import MAX_SEED, SECRETS, VideoRequest, parse_request
+from core.request import MAX_SEED, VideoRequest, echo_of, parse_request
 from core.settings import Settings
 from core.timing import JobTimer
 from diffusers_helper import memory
@@ -51,8 +52,11 @@ def run_job(
     request = parse_request(data)
     deadline = Deadline(min(request.timeout_s or math.inf, settings.job_timeout_s))
     report(Progress())
+    fetch = _fetcher(settings, deadline, check_cancelled)
     with timer.span("input"):
-        image = decode_image(request.input_image, fetch=_fetcher(settings, deadline, check_cancelled))
+        image = decode_image(request.input_image, fetch)
+        size = frame_size(models, image, request)
+        keyframes = decode_keyframes(request.sections, fetch, size, check_cancelled)
     seed = random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
     with timer.span("model_load"):
         models.use_direction(request.model or models.profile.direction)
@@ -77,6 +81,7 @@ def run_job(
                 image,
                 request,
                 output_filename,
+                keyframes=keyframes,
                 seed=seed,
                 timer=timer,
                 report=report,
@@ -151,8 +156,7 @@ def _with_memory_retry(
 
 
 def _parameters(request: VideoRequest, seed: int, models: Models) -> dict:
-    used = request.model_dump(exclude=set(SECRETS))
-    return used | {
+    return echo_of(request) | {
         "seed": seed,
         "model": models.direction,
         "resolution": request.resolution or models.profile.resolution,
@@ -214,6 +218,7 @@ def _timings(timer: JobTimer) -> dict:
         "input": timer.seconds("input"),
         "model_load": timer.seconds("model_load"),
         "text_encode": timer.seconds("text_encode"),
+        "encodings": timer.encodings,
         "image_encode": {"vae": timer.seconds("vae_encode"), "clip_vision": timer.seconds("clip_vision")},
         "sections": timer.sections,
         "step": timer.step_summary(),

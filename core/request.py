@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from core.errors import RequestError
+from core.timeline import MAX_ENTRIES, MAX_SECONDS, read_timeline
 
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 4000
@@ -63,6 +64,32 @@ class S3Config(BaseModel):
         None, description="For temporary credentials.", max_length=4096, repr=False
     )
     prefix: str = Field("", description="Put before the video's key.", max_length=512)
+
+
+class TimedSection(BaseModel):
+    """A prompt, a keyframe image, or both, for a part of the video."""
+
+    model_config = STRICT
+
+    start_s: float = Field(description="Second at which it begins.", ge=0, le=MAX_SECONDS)
+    end_s: float | None = Field(
+        None,
+        description="Second at which it ends; null: when the next one begins, or at the end.",
+        ge=0,
+        le=MAX_SECONDS,
+    )
+    prompt: str | None = Field(
+        None,
+        description="What happens there, in place of the request's prompt.",
+        min_length=1,
+        max_length=MAX_PROMPT,
+    )
+    image: str | None = Field(
+        None,
+        description="What those sections see in place of the input image, given like that.",
+        min_length=1,
+        repr=False,
+    )
 
 
 class VideoRequest(BaseModel):
@@ -134,6 +161,15 @@ class VideoRequest(BaseModel):
         multiple_of=32,
     )
 
+    sections: list[TimedSection] = _field(
+        [],
+        "Prompts and keyframe images by time, none of which overlap; 8 images at most.",
+        max_length=MAX_ENTRIES,
+    )
+    blend_sections: Whole = _field(
+        0, "Sections around a change of prompt over which one prompt becomes the other.", ge=0, le=10
+    )
+
 
 SECRETS = ("input_image", "s3_config")  # never shown or echoed
 
@@ -142,6 +178,11 @@ ALIASES = {
     for name, info in VideoRequest.model_fields.items()
     for alias in (info.json_schema_extra or {}).get("aliases", [])
 }
+
+
+def echo_of(request: VideoRequest) -> dict:
+    """All of the request that may be shown to whoever gets the reply."""
+    return request.model_dump(exclude={**dict.fromkeys(SECRETS, True), "sections": {"__all__": {"image"}}})
 
 
 def input_of(job: dict) -> Any:
@@ -165,14 +206,18 @@ def parse_request(data: Any) -> VideoRequest:
         _check_size(f"`{_short(name)}`", value)
         values[name] = value
     try:
-        return VideoRequest.model_validate(values)
+        request = VideoRequest.model_validate(values)
     except ValidationError as error:
         raise RequestError(_sentence(error)) from None
+    read_timeline(request.prompt, request.sections)
+    return request
 
 
 def _check_size(what: str, value: Any) -> None:
-    if isinstance(value, dict) and len(value) > MAX_FIELDS:
-        raise RequestError(f"{what} has too many fields ({len(value)}).")
+    parts = value if isinstance(value, list) else [value]
+    fields = sum(len(part) for part in parts if isinstance(part, dict))
+    if fields > MAX_FIELDS:
+        raise RequestError(f"{what} has too many fields ({fields}).")
 
 
 def _sentence(error: ValidationError) -> str:
@@ -188,9 +233,12 @@ def _fault(fault: dict[str, Any]) -> str:
     name, kind = _path(fault), fault["type"]
     context = fault.get("ctx", {})
     field, _, part = name.partition(".")
-    got = f"(got {_kind(fault['input']) if field in SECRETS else _show(fault['input'])})"
+    secret = field in SECRETS or part == "image"
+    got = f"(got {_kind(fault['input']) if secret else _show(fault['input'])})"
     if kind == "extra_forbidden":
-        known = S3Config.model_fields if part else [*VideoRequest.model_fields, *ALIASES]
+        known = [*VideoRequest.model_fields, *ALIASES]
+        if part:
+            known = (S3Config if field == "s3_config" else TimedSection).model_fields
         near = difflib.get_close_matches(part or field, known, n=1)
         return f"`{_short(name)}` is not a known field" + (f" (did you mean `{near[0]}`?)" if near else "")
     match kind:
@@ -208,6 +256,10 @@ def _fault(fault: dict[str, Any]) -> str:
             return (
                 f"`{name}` must have at most {context['max_length']} characters (got {len(fault['input'])})"
             )
+        case "too_long":
+            return (
+                f"`{name}` must have at most {context['max_length']} entries (got {context['actual_length']})"
+            )
         case "finite_number":
             return f"`{name}` must be a finite number {got}"
         case "literal_error":
@@ -220,14 +272,22 @@ def _fault(fault: dict[str, Any]) -> str:
             return f"`{name}` is not the name of a {'region' if part == 'region' else 'bucket'}"
         case "model_type":
             return f"`{name}` must be an object {got}"
-    wanted = {"int": "a whole number", "float": "a number", "string": "a string", "bool": "true or false"}
+    wanted = {
+        "int": "a whole number",
+        "float": "a number",
+        "string": "a string",
+        "bool": "true or false",
+        "list": "a list",
+    }
     noun = wanted.get(kind.removesuffix("_type").removesuffix("_from_float").removesuffix("_parsing"))
     return f"`{name}` must be {noun} {got}" if noun else f"`{name}`: {fault['msg']} {got}"
 
 
 def _path(fault: dict[str, Any]) -> str:
-    """`field`, or `s3_config.part`; what pydantic adds for the members of a union is left out."""
+    """`field`, `s3_config.part` or `sections[0].part`, without what pydantic adds for a union's members."""
     field, *parts = map(str, fault["loc"])
+    if field == "sections" and parts:
+        return ".".join([f"sections[{parts[0]}]", *parts[1:2]])
     return ".".join([field, *parts[:1]]) if field == "s3_config" else field
 
 

@@ -40,6 +40,7 @@ class Settings:
     download_timeout_s: float = 30.0  # DOWNLOAD_TIMEOUT_S: longest download of one input
     job_timeout_s: float = math.inf  # JOB_TIMEOUT_S: most any job may take; unset: no limit
     volume_dir: Path = Path("/runpod-volume")  # VOLUME_DIR: keeps videos that could not be delivered
+    encoding_cache_mb: float = 256.0  # ENCODING_CACHE_MB: of host memory for encoded prompts and images
     min_free_disk_gb: float = 2.0  # MIN_FREE_DISK_GB: room in the temporary folder, or no job is taken
 
     def __post_init__(self) -> None:
@@ -50,6 +51,7 @@ class Settings:
         _within("UPLOAD_TIMEOUT_S", self.upload_timeout_s, 1, 24 * 3600)
         _within("DOWNLOAD_TIMEOUT_S", self.download_timeout_s, 1, 3600)
         _within("JOB_TIMEOUT_S", self.job_timeout_s, 1, math.inf)
+        _within("ENCODING_CACHE_MB", self.encoding_cache_mb, 0, 100_000)
         _within("MIN_FREE_DISK_GB", self.min_free_disk_gb, 0, 1000)
 
     @property

@@ -27,9 +27,10 @@ class JobTimer:
         self._step_started = 0.0
         self.steps: list[float] = []
         self.sections: list[dict] = []
+        self.encodings = {"hits": 0, "misses": 0}  # taken from earlier jobs, and made anew
 
     def restart(self) -> None:
-        """Forget sections and steps of an attempt that failed; stages and the total go on counting."""
+        """Forget sections and steps of an attempt that failed; stages, encodings and the total go on."""
         self.steps, self.sections = [], []
 
     def drop_sections(self, keep: int) -> None:

@@ -1,5 +1,6 @@
 """Prompt → Llama hidden states and CLIP pooled projection, the way HunyuanVideo was trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,11 @@ class PromptEmbeds:
     pooled_projections: torch.Tensor  # (1, P)
     truncated: bool = False  # the prompt had more than 256 tokens
 
+    @property
+    def nbytes(self) -> int:
+        tensors = self.encoder_hidden_states, self.encoder_attention_mask, self.pooled_projections
+        return sum(tensor.nbytes for tensor in tensors)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> "PromptEmbeds":
         return replace(
             self,
@@ -41,6 +47,28 @@ class PromptEmbeds:
             pooled_projections=torch.zeros_like(self.pooled_projections),
             truncated=False,
         )
+
+
+def mix_prompts(parts: Sequence[tuple[PromptEmbeds, float]]) -> PromptEmbeds:
+    """The weighted sum of prompts, token by token, and of their projections; weights should sum to 1.
+
+    The mixture has as many tokens as the longest of them. Where a shorter one has none left it adds nothing,
+    so that the longer one's last tokens fade in or out. A single prompt is returned as it is.
+    """
+    if len(parts) == 1:
+        return parts[0][0]
+
+    def weighted(name: str) -> torch.Tensor:
+        tensors = [getattr(prompt, name) for prompt, _ in parts]
+        summed = sum(weight * tensor.float() for tensor, (_, weight) in zip(tensors, parts, strict=True))
+        return summed.to(tensors[0].dtype)
+
+    masks = torch.stack([prompt.encoder_attention_mask for prompt, _ in parts])
+    return PromptEmbeds(
+        encoder_hidden_states=weighted("encoder_hidden_states"),
+        encoder_attention_mask=masks.any(dim=0),
+        pooled_projections=weighted("pooled_projections"),
+    )
 
 
 def template_crop(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -7,22 +7,25 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoMidBlock3D
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from einops import rearrange
 
 
 @torch.no_grad()
-def encode_image(
-    image: np.ndarray, vae: AutoencoderKLHunyuanVideo, generator: torch.Generator, device: torch.device
-) -> torch.Tensor:
-    """(H, W, 3) uint8 → start latent (1, 16, 1, H/8, W/8), scaled, in the VAE's dtype.
-
-    The posterior is sampled with `generator`; the official code draws from the global one, so that its
-    start latent does not follow from the job's seed.
-    """
+def encode_image(image: np.ndarray, vae: AutoencoderKLHunyuanVideo, device: torch.device) -> torch.Tensor:
+    """(H, W, 3) uint8 → its posterior, mean and log-variance, (1, 32, 1, H/8, W/8), in the VAE's dtype."""
     pixels = torch.from_numpy(image.copy()).float() / 127.5 - 1
     pixels = pixels.permute(2, 0, 1)[None, :, None].to(device, vae.dtype)
-    latents = vae.encode(pixels).latent_dist.sample(generator=generator)
-    return latents * vae.config.scaling_factor
+    return vae.encode(pixels).latent_dist.parameters
+
+
+def draw_latent(posterior: torch.Tensor, scaling_factor: float, generator: torch.Generator) -> torch.Tensor:
+    """A latent (1, 16, 1, H/8, W/8) from a `posterior` (1, 32, 1, H/8, W/8), scaled, in its dtype.
+
+    It is drawn with `generator`; the official code draws from the global one, so that its start latent does
+    not follow from the job's seed.
+    """
+    return DiagonalGaussianDistribution(posterior).sample(generator=generator) * scaling_factor
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What several tests need: the tiny models, loaded once, and a small picture."""
 
 import os
+from dataclasses import replace
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, before its first tensor: a third fewer seconds
 
@@ -21,12 +22,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiny_models():
-    """The tiny models on the CPU. Tests must leave them as they found them."""
+    """The tiny models on the CPU, without a cache of encodings. Tests must leave them as they found them."""
     from core.pipeline import Models
     from core.pipeline.profiles import load_profile
     from tests.tiny import TINY
 
-    return Models(load_profile(TINY), torch.device("cpu"))
+    return Models(load_profile(TINY), torch.device("cpu"), settings=replace(TINY, encoding_cache_mb=0))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from core.request import ALIASES, SECRETS, VideoRequest
+from core.request import ALIASES, SECRETS, TimedSection, VideoRequest
 
 # in every text that is nobody's business; computed, as hypothesis takes ideas from constants in the source
 SECRET = hashlib.sha256(b"a stranger's secret").hexdigest()[:16]
@@ -97,9 +97,28 @@ def _of_type(kind: Any, field: FieldInfo) -> SearchStrategy:
         if pattern := _limit(field, "pattern"):
             return st.from_regex(pattern, fullmatch=True)
         return st.text(min_size=_limit(field, "min_length") or 0, max_size=_limit(field, "max_length"))
+    if get_origin(kind) is list:
+        return lists_of(get_args(kind)[0])
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return good_objects(kind)
     return st.from_type(kind)
+
+
+def lists_of(kind: Any) -> SearchStrategy:
+    """Timed sections that do not overlap; of anything else, what each should be by itself."""
+    objects = st.lists(good_objects(kind), max_size=3)
+    return objects.map(_one_after_the_other) if kind is TimedSection else objects
+
+
+def _one_after_the_other(sections: list[dict]) -> list[dict]:
+    """With something to show and with times of their own: 2 seconds for each."""
+    return [
+        {"prompt": "x"}
+        | section
+        | {"start_s": 2.0 * k}
+        | ({"end_s": 2.0 * k + 1} if "end_s" in section else {})
+        for k, section in enumerate(sections)
+    ]
 
 
 def edge_values(field: FieldInfo) -> SearchStrategy:
@@ -128,7 +147,8 @@ def good_objects(draw: Any, model: type[BaseModel] = VideoRequest) -> dict:
     data = {}
     for name in draw(st.permutations([*required, *chosen])):
         value = draw(good_values(model.model_fields[name]))
-        data[draw(st.sampled_from(_names_of(model, name)))] = planted(value) if name in SECRETS else value
+        secret = name in SECRETS or (model is TimedSection and name == "image")
+        data[draw(st.sampled_from(_names_of(model, name)))] = planted(value) if secret else value
     return data
 
 

@@ -73,6 +73,28 @@ REFUSED = {
         ),
         "BMP": (image(encoded(picture(), "BMP")), "invalid_image", "BMP"),
     },
+    "times": {
+        "overlapping sections": (
+            quick_input(sections=[{"start_s": 0, "end_s": 2, "prompt": "a"}, {"start_s": 1, "prompt": "b"}]),
+            "invalid_request",
+            "`sections[0]` (0–2 s) and `sections[1]` (1 s on) overlap",
+        ),
+        "a timed part without its unit": (
+            quick_input(prompt="a cat [1-3s: it sleeps]"),
+            "invalid_request",
+            "[1-3s:, that cannot be read",
+        ),
+        "a keyframe that is no image": (
+            quick_input(sections=[{"start_s": 0, "image": "aGVsbG8="}]),
+            "invalid_image",
+            "The image of `sections[0]` is not a PNG",
+        ),
+        "a keyframe of this machine": (
+            quick_input(sections=[{"start_s": 0, "image": "https://127.0.0.1/cat.png"}]),
+            "url_refused",
+            "The image of `sections[0]` could not be fetched: The host 127.0.0.1",
+        ),
+    },
     "size": {
         "0×0 PNG": (image(png(0, 0, 8, RGB)), "invalid_image", "image"),
         "40,000×40,000 PNG": (image(BOMBS["PNG"]), "image_too_large", "50 megapixels"),

@@ -44,7 +44,7 @@ from core.fetch import fetch_url
 from core.guard import PORTS, check_url
 from core.images import decode_image
 from core.pipeline.profiles import load_profile
-from core.request import ALIASES, SECRETS, S3Config, VideoRequest, parse_request
+from core.request import ALIASES, S3Config, VideoRequest, echo_of, parse_request
 from core.settings import Settings
 from core.worker import Worker
 from tests.damaged_images import check_image, damaged_images, samples
@@ -122,7 +122,7 @@ def test_requests():
             return "refused"
         finally:
             assert repr(data) == before
-        echo = json.dumps(request.model_dump(exclude=set(SECRETS)), allow_nan=False)
+        echo = json.dumps(echo_of(request), allow_nan=False)
         assert SECRET not in echo + repr(request)
         assert set(data) <= {*VideoRequest.model_fields, *ALIASES}
         assert parse_request(request.model_dump()) == request
@@ -401,6 +401,10 @@ def test_lambda_events(models, stranger, monkeypatch):
 
 SHORT = ("input_image", "total_second_length", "latent_window_size", "steps", "resolution", "s3_config")
 ANY = {name: good_values(field) for name, field in VideoRequest.model_fields.items() if name not in SHORT}
+KEYFRAME = to_base64(samples()["PNG"][0])
+ANY["sections"] = ANY["sections"].map(
+    lambda sections: [s | {"image": KEYFRAME} if "image" in s else s for s in sections]
+)
 
 
 def test_jobs_with_models(quick_decode, monkeypatch):

@@ -32,6 +32,8 @@ DEFAULTS = {
     "preview": False,
     "model": None,
     "resolution": None,
+    "sections": [],
+    "blend_sections": 0,
 }
 
 BUCKET = {
@@ -67,6 +69,7 @@ WHOLE_BOUNDS = {
     "steps": (1, 100),
     "mp4_crf": (0, 51),
     "resolution": (256, 960),
+    "blend_sections": (0, 10),
 }
 REAL_BOUNDS = {
     "total_second_length": (1, 120),

@@ -6,7 +6,7 @@ video = generate_video_sync(models, image, request, "out.mp4")
 
 import base64
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from core.deadline import Deadline
 from core.errors import TimeLimitError, VideoEncodingError
 from core.pipeline.conditioning import encode_conditioning
 from core.pipeline.decoding import VideoDecoder
+from core.pipeline.encoding import Encoder
 from core.pipeline.models import Models, initialize_models
 from core.pipeline.sampling import SampledSection, sample_sections
 from core.pipeline.sections import FPS, Section, SectionPlan, plan_sections
@@ -28,7 +29,7 @@ from core.video import save_bcthw_as_mp4
 from diffusers_helper.buckets import nearest_bucket, resize_and_center_crop
 from diffusers_helper.preview import LatentPreview
 
-__all__ = ["GeneratedVideo", "Models", "generate_video_sync", "initialize_models"]
+__all__ = ["GeneratedVideo", "Models", "frame_size", "generate_video_sync", "initialize_models"]
 
 Report = Callable[[Progress], None]
 
@@ -51,6 +52,7 @@ def generate_video_sync(
     request: VideoRequest,
     output_filename: str | Path,
     *,
+    keyframes: Mapping[int, np.ndarray] | None = None,
     seed: int | None = None,
     timer: JobTimer | None = None,
     report: Report = lambda progress: None,
@@ -62,11 +64,12 @@ def generate_video_sync(
 ) -> GeneratedVideo:
     """Animate `input_image` (H, W, 3) uint8 as `request` asks and write the MP4 to `output_filename`.
 
-    `seed` replaces the request's (which may ask for a drawn one). `check_cancelled` runs after every stage
-    and step and may raise to stop; `report` is told where the job stands; `on_section` sees each section's
-    latents; `frugal` spends time for memory (no transformer block kept on the GPU in swap mode, a tiled VAE).
-    Encoding that fails is tried once more, at `spare_filename()`. Once `deadline` has passed no further step
-    or decode starts: TimeLimitError, or where the request says `partial` the sections finished by then.
+    `keyframes` are the images of the request's `sections`, by their places there. `seed` replaces the
+    request's (which may ask for a drawn one). `check_cancelled` runs after every stage and step and may raise
+    to stop; `report` is told where the job stands; `on_section` sees each section's latents; `frugal` spends
+    time for memory (no transformer block kept on the GPU in swap mode, a tiled VAE). Encoding that fails is
+    tried once more, at `spare_filename()`. Once `deadline` has passed no further step or decode starts:
+    TimeLimitError, or where the request says `partial` the sections finished by then.
     Reproduces the official `worker`, except that the start latent follows from the seed.
     """
     seed = request.seed if seed is None else seed
@@ -89,12 +92,13 @@ def generate_video_sync(
     def on_step(section: Section, step: int, x0: torch.Tensor) -> None:
         stage("sample", section.index + 1, step, preview=preview_of(x0))
 
-    resolution = request.resolution or models.profile.resolution
-    height, width = nearest_bucket(*input_image.shape[:2], resolution)
+    height, width = frame_size(models, input_image, request)
     image = resize_and_center_crop(input_image, height, width)
+    keyframes = {k: resize_and_center_crop(frame, height, width) for k, frame in (keyframes or {}).items()}
 
     stage("encode")
-    conditioning = encode_conditioning(models, image, request, seed, timer)
+    encoder = Encoder(models, timer, check)
+    conditioning = encode_conditioning(models, image, keyframes, plan, request, seed, encoder)
     preview_of = _previews(conditioning.start_latent, image) if request.preview else lambda x0: None
 
     decoder = VideoDecoder(models, plan, timer, force_tiling=frugal)
@@ -135,6 +139,12 @@ def generate_video_sync(
         tiled_decode=decoder.tiled,
         warnings=conditioning.warnings,
     )
+
+
+def frame_size(models: Models, input_image: np.ndarray, request: VideoRequest) -> tuple[int, int]:
+    """(height, width) of the video that `request` gets of `input_image` (H, W, 3)."""
+    resolution = request.resolution or models.profile.resolution
+    return nearest_bucket(*input_image.shape[:2], resolution)
 
 
 def _previews(start_latent: torch.Tensor, image: np.ndarray) -> Callable[[torch.Tensor], Callable[[], str]]:

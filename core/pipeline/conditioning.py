@@ -1,63 +1,104 @@
-"""A request's prompt and image → everything the transformer is conditioned on."""
+"""A request's prompts and images → what the transformer is conditioned on, section by section."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from core.pipeline.encoding import Encoder
 from core.pipeline.models import Models
+from core.pipeline.sections import FPS, Section, SectionPlan
 from core.request import VideoRequest
-from core.timing import JobTimer
-from diffusers_helper import clip_vision, vae
-from diffusers_helper.text import PromptEmbeds, encode_prompt
+from core.timeline import Cue, read_timeline, without_effect
+from diffusers_helper.text import PromptEmbeds, mix_prompts
 
-# The VAE's draw has its own generator, seeded beyond every job's seed, so that the noise is the official one.
-VAE_SEED_OFFSET = 2**32
+
+@dataclass(frozen=True)
+class SectionConditioning:
+    """What one section sees besides its history; on the transformer's device and in its dtype."""
+
+    positive: PromptEmbeds
+    negative: PromptEmbeds  # zeros where cfg is 1; then never used
+    image_embeds: torch.Tensor  # (1, patches, D)
+    start_latent: torch.Tensor  # (1, 16, 1, H/8, W/8), float32 on the CPU: what is in the start image's place
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """On the CPU."""
+
+    latent: torch.Tensor  # (1, 16, 1, H/8, W/8), float32
+    embeds: torch.Tensor  # (1, patches, D)
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    positive: PromptEmbeds  # in the transformer's dtype
-    negative: PromptEmbeds  # zeros where cfg is 1; then never used
-    image_embeds: torch.Tensor  # (1, patches, D), in the transformer's dtype
-    start_latent: torch.Tensor  # (1, 16, 1, H/8, W/8), float32 on the CPU
+    """All encodings of a job, on the CPU, and which of them each section is given."""
+
+    cues: tuple[Cue, ...]  # in sampling order
+    prompts: Mapping[str, PromptEmbeds]
+    negative: PromptEmbeds | None  # None where cfg is 1
+    images: Mapping[int | None, EncodedImage]  # by the keyframe of a cue; None is the input image
+    device: torch.device  # the transformer's
+    dtype: torch.dtype
     warnings: tuple[str, ...]
+
+    @property
+    def start_latent(self) -> torch.Tensor:
+        """The video's first frame, (1, 16, 1, H/8, W/8), float32 on the CPU."""
+        return self.images[None].latent
+
+    def of(self, section: Section) -> SectionConditioning:
+        cue = self.cues[section.index]
+        positive = mix_prompts([(self.prompts[prompt], weight) for prompt, weight in cue.prompts])
+        negative = self.negative or positive.zeros_like()
+        image = self.images[cue.keyframe]
+        return SectionConditioning(
+            positive=positive.to(self.device, self.dtype),
+            negative=negative.to(self.device, self.dtype),
+            image_embeds=image.embeds.to(self.device, self.dtype),
+            start_latent=image.latent,
+        )
 
 
 def encode_conditioning(
-    models: Models, image: np.ndarray, request: VideoRequest, seed: int, timer: JobTimer
+    models: Models,
+    image: np.ndarray,
+    keyframes: Mapping[int, np.ndarray],
+    plan: SectionPlan,
+    request: VideoRequest,
+    seed: int,
+    encoder: Encoder,
 ) -> Conditioning:
-    """Encode the prompts and the image, which must have its final size (H, W, 3)."""
-    with timer.span("text_encode"), models.on_device("text_encoder", "text_encoder_2"):
-        positive = _encode(models, request.prompt)
-        negative = positive.zeros_like() if request.cfg == 1 else _encode(models, request.n_prompt)
-    with timer.span("vae_encode"), models.on_device("vae"):
-        generator = torch.Generator("cpu").manual_seed(VAE_SEED_OFFSET + seed)
-        start_latent = vae.encode_image(image, models.vae, generator, models.device).float().cpu()
-    with timer.span("clip_vision"), models.on_device("image_encoder"):
-        image_embeds = clip_vision.encode_image(
-            image, models.feature_extractor, models.image_encoder, models.device
-        )
-    target = models.device, models.transformer_dtype
+    """Encode what the plan's sections need of the request's prompts and images.
+
+    The images, (H, W, 3), have their final size; `keyframes` are by their places in `request.sections`.
+    """
+    timeline = read_timeline(request.prompt, request.sections)
+    by_time = timeline.cues(plan.middles_s, request.blend_sections)
+    cues = tuple(by_time[plan.position(section)] for section in plan.sections)
+
+    prompts = list(dict.fromkeys(prompt for cue in cues for prompt, _ in cue.prompts))
+    guided = request.cfg != 1
+    texts = encoder.prompts([*prompts, request.n_prompt] if guided else prompts)
+
+    places = [None, *sorted({cue.keyframe for cue in cues} - {None})]
+    pixels = [image if place is None else keyframes[place] for place in places]
+    latents, embeds = encoder.latents(pixels, seed), encoder.image_embeds(pixels)
     return Conditioning(
-        positive=positive.to(*target),
-        negative=negative.to(*target),
-        image_embeds=image_embeds.to(*target),
-        start_latent=start_latent,
-        warnings=tuple(
-            f"`{name}` is longer than the 256 tokens the model reads; the rest was ignored."
-            for name, embeds in (("prompt", positive), ("n_prompt", negative))
-            if embeds.truncated
-        ),
-    )
-
-
-def _encode(models: Models, prompt: str) -> PromptEmbeds:
-    return encode_prompt(
-        prompt,
-        tokenizer=models.tokenizer,
-        text_encoder=models.text_encoder,
-        tokenizer_2=models.tokenizer_2,
-        text_encoder_2=models.text_encoder_2,
+        cues=cues,
+        prompts=dict(zip(prompts, texts, strict=False)),
+        negative=texts[-1] if guided else None,
+        images=dict(zip(places, map(EncodedImage, latents, embeds), strict=True)),
         device=models.device,
+        dtype=models.transformer_dtype,
+        warnings=(
+            *(
+                f"{name} is longer than the 256 tokens the model reads; the rest was ignored."
+                for name, embeds in zip([*map(timeline.name_of, prompts), "`n_prompt`"], texts, strict=False)
+                if embeds.truncated
+            ),
+            *without_effect(timeline, plan.middles_s, plan.frames / FPS, request.blend_sections),
+        ),
     )

@@ -23,6 +23,7 @@ from transformers import (
 
 from core.errors import ModelError
 from core.pipeline import weights
+from core.pipeline.encoding_cache import EncodingCache
 from core.pipeline.profiles import Direction, ModelProfile, Source, load_profile
 from core.settings import Settings
 from diffusers_helper import memory
@@ -42,7 +43,8 @@ class Models:
     """All models of one worker. One job at a time may use them.
 
     Attributes are the hub folders' names: tokenizer, text_encoder, tokenizer_2, text_encoder_2, vae,
-    feature_extractor, image_encoder; `transformer` is the one for `direction`.
+    feature_extractor, image_encoder; `transformer` is the one for `direction`. `encodings` has what the
+    encoders made for earlier jobs.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Models:
         self.profile = profile
         self.device = device
         self._settings = settings or Settings()
+        self.encodings = EncodingCache(self._settings.encoding_cache_mb * 1e6)
         gpu = device.type == "cuda"
         self.encoder_dtype = torch.float16 if gpu else torch.float32
         self.transformer_dtype = torch.bfloat16 if gpu else torch.float32

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from core.pipeline.conditioning import Conditioning
+from core.pipeline.conditioning import Conditioning, SectionConditioning
 from core.pipeline.models import Models
 from core.pipeline.sections import HISTORY, HISTORY_FRAMES, Section, SectionPlan
 from core.request import VideoRequest
@@ -55,12 +55,13 @@ def sample_sections(
     for section in plan.sections:
         timer.start_section()
         noise = torch.randn(1, channels, plan.window, height, width, generator=generator)
-        packed = pack_history(section, start, history, forward, models)
+        seen = conditioning.of(section)
+        packed = pack_history(section, seen.start_latent, history, forward, models)
         with (
             timer.section_span("sample"),
             models.on_device("transformer", preserved_gb=preserved_gb),
         ):
-            latents = _sample(models, noise, packed, conditioning, request, section, timer, on_step).cpu()
+            latents = _sample(models, noise, packed, seen, request, section, timer, on_step).cpu()
 
         new = torch.cat([start, latents], dim=2) if section.adds_start else latents
         if forward:
@@ -103,7 +104,7 @@ def _sample(
     models: Models,
     noise: torch.Tensor,
     packed: PackedHistory,
-    conditioning: Conditioning,
+    conditioning: SectionConditioning,
     request: VideoRequest,
     section: Section,
     timer: JobTimer,

@@ -44,6 +44,19 @@ class SectionPlan:
         """Length of the finished video."""
         return frames_of(len(self.sections) * self.window + 1)
 
+    def position(self, section: Section) -> int:
+        """Its place in the video, from 0: I2V samples the last one first."""
+        return section.index if self.direction == "f1" else len(self.sections) - 1 - section.index
+
+    @property
+    def middles_s(self) -> list[float]:
+        """The second at the middle of each section, in the video's order.
+
+        Frame 0 is the start image; the section at place k makes the frames 4Wk + 1 … 4W(k + 1).
+        """
+        stride = self.window * TEMPORAL_COMPRESSION
+        return [(1 + stride * (k + 0.5)) / FPS for k in range(len(self.sections))]
+
 
 def frames_of(latent_frames: int) -> int:
     """Video frames the VAE makes of so many latent frames."""
