@@ -45,10 +45,15 @@ async def local_handler(job: dict) -> dict:
     """`handler` for a person at a terminal: a progress bar, and the video in a file instead of base64."""
     with LocalProgress() as progress:
         reply = await _run(job, progress)
-    if "error" in reply:
-        return reply
     path = Settings.from_env().output_dir / f"{Path(str(job['id'])).name}.mp4"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if "latents_base64" in reply:
+        latents = path.with_suffix(".safetensors")
+        latents.write_bytes(base64.b64decode(reply.pop("latents_base64")))
+        reply["latents_path"] = str(latents)
+        print(f"Latents: {latents}")
+    if "error" in reply:
+        return reply
     path.write_bytes(base64.b64decode(reply.pop("video_base64")))
     print(f"Video: {path}")
     return {"video_path": str(path)} | reply

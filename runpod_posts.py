@@ -167,6 +167,8 @@ def _without_video(job_data: dict, job_id: str, problem: str) -> dict:
     """The same result with the inlined video elsewhere, or an error that says where it was kept."""
     output = dict(job_data.get("output") or {})
     video = output.pop("video_base64", None)
+    if output.pop("latents_base64", None) is not None and "warnings" in output:
+        output["warnings"] = [*output["warnings"], "The latents did not fit the reply."]
     details: dict = {}
     if video is not None:
         try:

@@ -19,12 +19,14 @@ from core.deadline import Deadline
 from core.errors import ResultTooLargeError, TimeLimitError, UploadError, UrlRefusedError, WorkerError
 from core.fetch import guard_client
 from core.guard import check_url
+from core.latent_store import keep_latents
 from core.request import VideoRequest
 from core.settings import Settings
 
 log = logging.getLogger(__name__)
 
 CONTENT_TYPE = "video/mp4"
+FILES = {".mp4": ("video", CONTENT_TYPE), ".safetensors": ("latents", "application/octet-stream")}
 MB = 1_000_000
 PART_BYTES = 8 * 1024 * 1024  # one part in memory at a time, whatever the video's size
 MAX_ATTEMPTS = 4  # of each request, with exponential backoff
@@ -119,6 +121,35 @@ class Delivery:
             "`mp4_crf`."
         ).with_details(**kept)
 
+    def latents(
+        self, path: Path, job_id: str, request: VideoRequest, room: float, check_cancelled: CheckCancelled
+    ) -> dict:
+        """The reply's fields for the latents at `path`: `latents_url`, `latents_handle` or `latents_base64`.
+
+        Object storage first, then the volume, and inline only where there is neither and at most `room`
+        bytes; `output` base64 inlines first and never uploads. Where none of them takes it, a
+        `latents_warning` says so: a finished video is not lost over them. Raises CancelledError.
+        """
+        fits = path.stat().st_size <= room
+        bucket = Bucket.of(self.settings, request)
+        if request.output == "base64":
+            if fits:
+                return _inlined_latents(path)
+        elif bucket is not None:
+            try:
+                uploaded = self._uploaded(path, job_id, bucket, check_cancelled)
+                return {"latents_url": uploaded["video_url"], "latents_expires_at": uploaded["expires_at"]}
+            except UploadError as error:
+                log.warning("%s", error)
+        if handle := keep_latents(path, _file_name(job_id, ""), self.settings):
+            return {"latents_handle": handle}
+        if fits and request.output != "url":
+            return _inlined_latents(path)
+        return {
+            "latents_warning": f"The latents ({path.stat().st_size / MB:.1f} MB) could not be returned: no "
+            "object storage took them, no network volume has room, and they do not fit the reply."
+        }
+
     def rescued(self, video: bytes, job_id: str) -> dict:
         """As above, for a video whose inline reply the platform refused: by URL, else on the volume.
 
@@ -140,7 +171,7 @@ class Delivery:
 
         Raises UploadError, or what `check_cancelled` raises; the thread ends with its next read or time-out.
         """
-        key = f"{bucket.prefix.strip('/')}/{_file_name(job_id)}".lstrip("/")
+        key = f"{bucket.prefix.strip('/')}/{_file_name(job_id, path.suffix)}".lstrip("/")
         deadline = Deadline(self.settings.upload_timeout_s)
         upload = _Upload(path, bucket, key, self.settings)
         upload.start()
@@ -158,7 +189,8 @@ class Delivery:
         if upload.error is not None:
             log.debug("upload failed", exc_info=upload.error)
             raise UploadError(
-                f"The video could not be uploaded to the bucket {bucket.name} ({_reason(upload.error)})."
+                f"The {FILES[path.suffix][0]} could not be uploaded to the bucket {bucket.name} "
+                f"({_reason(upload.error)})."
             ) from upload.error
         expires = datetime.now(UTC) + timedelta(seconds=self.settings.url_expires_s)
         return {"video_url": upload.url, "expires_at": expires.isoformat(timespec="seconds")}
@@ -184,8 +216,12 @@ def inlined(path: Path, *_: object) -> dict:
     return {"video_base64": base64.b64encode(path.read_bytes()).decode("ascii")}
 
 
+def _inlined_latents(path: Path) -> dict:
+    return {"latents_base64": base64.b64encode(path.read_bytes()).decode("ascii")}
+
+
 def _inert(request: VideoRequest) -> dict:
-    if request.s3_config is None:
+    if request.s3_config is None or (request.return_latents and request.output != "base64"):
         return {}
     return {"delivery_warning": "`s3_config` had no effect: the video is inlined (`output` url uploads it)."}
 
@@ -248,7 +284,7 @@ class _Upload(threading.Thread):
                     file,
                     bucket.name,
                     self._key,
-                    ExtraArgs={"ContentType": CONTENT_TYPE},
+                    ExtraArgs={"ContentType": FILES[self._path.suffix][1]},
                     Config=TransferConfig(
                         multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, use_threads=False
                     ),
@@ -265,10 +301,10 @@ class _Upload(threading.Thread):
             raise _Stop
 
 
-def _file_name(job_id: str) -> str:
+def _file_name(job_id: str, suffix: str = ".mp4") -> str:
     """RunPod's ids are letters, digits and dashes; anything else must not become a path."""
     name = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in job_id)[:100]
-    return f"{name.lstrip('.') or 'video'}.mp4"
+    return f"{name.lstrip('.') or 'video'}{suffix}"
 
 
 def _reason(error: Exception) -> str:

@@ -17,10 +17,12 @@ from core.delivery import CONTENT_TYPE, Deliver, inlined
 from core.errors import OutOfMemoryError
 from core.fetch import fetch_url
 from core.images import Fetch, decode_image
+from core.latents import check_transformer
 from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
 from core.pipeline.sections import FPS
 from core.progress import Progress
 from core.request import MAX_SEED, SECRETS, VideoRequest, parse_request
+from core.resume import Handover, open_saved
 from core.settings import Settings
 from core.timing import JobTimer
 from diffusers_helper import memory
@@ -51,15 +53,21 @@ def run_job(
     request = parse_request(data)
     deadline = Deadline(min(request.timeout_s or math.inf, settings.job_timeout_s))
     report(Progress())
+    fetch = _fetcher(settings, deadline, check_cancelled)
     with timer.span("input"):
-        image = decode_image(request.input_image, fetch=_fetcher(settings, deadline, check_cancelled))
-    seed = random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
+        image = decode_image(request.input_image, fetch) if request.input_image else None
+        saved = open_saved(request, image, models, settings, fetch) if request.resume_latents else None
+    resumed = saved.checkpoint if saved else None
+    seed = saved.seed if saved else _seed(request)
     with timer.span("model_load"):
         models.use_direction(request.model or models.profile.direction)
+    if saved:
+        check_transformer(saved, models)
+    handover = Handover(request, seed, models, settings, job_id, check_cancelled)
     if models.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(models.device)
 
-    with ExitStack() as cleanup:
+    with ExitStack() as cleanup, handover.even_on_errors():
 
         def temporary_mp4(parent: Path | None = None) -> Path:
             folder = tempfile.TemporaryDirectory(prefix="framepack-", dir=parent)
@@ -74,7 +82,7 @@ def run_job(
         def generate(frugal: bool = False) -> GeneratedVideo:
             return generate_video_sync(
                 models,
-                image,
+                resumed.image if resumed else image,
                 request,
                 output_filename,
                 seed=seed,
@@ -84,6 +92,8 @@ def run_job(
                 deadline=deadline,
                 frugal=frugal,
                 spare_filename=spare_mp4,
+                recorder=handover.recorder,
+                resumed=resumed,
             )
 
         try:
@@ -101,10 +111,12 @@ def run_job(
         )
         with timer.span("deliver"):
             delivered = deliver(video.path, job_id, request, check_cancelled)
+            delivered |= handover.deliver(beside=delivered)
 
     warnings = _warnings(request, video, models, settings, retried)
-    if note := delivered.pop("delivery_warning", None):
-        warnings.append(note)
+    warnings += [
+        note for key in ("delivery_warning", "latents_warning") if (note := delivered.pop(key, None))
+    ]
     return delivered | {
         "content_type": CONTENT_TYPE,
         "seed": seed,
@@ -115,6 +127,7 @@ def run_job(
         "duration_s": round(video.frames / FPS, 3),
         "sections": video.sections,
         "partial": video.sections < len(video.plan.sections),
+        **({"resumed_sections": resumed.count} if resumed else {}),
         "parameters": _parameters(request, seed, models),
         "warnings": warnings,
         "timings": _timings(timer),
@@ -148,6 +161,10 @@ def _with_memory_retry(
         "The GPU has too little memory for this job, even with swapped models and a tiled VAE; "
         "try a smaller `resolution` or `latent_window_size`, or a larger `gpu_memory_preservation`."
     )
+
+
+def _seed(request: VideoRequest) -> int:
+    return random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
 
 
 def _parameters(request: VideoRequest, seed: int, models: Models) -> dict:

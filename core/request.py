@@ -70,10 +70,10 @@ class VideoRequest(BaseModel):
 
     model_config = STRICT
 
-    input_image: str = _field(
-        ...,
+    input_image: str | None = _field(
+        None,
         "The first frame: base64, a data URI or an https URL of a PNG, JPEG or WebP of at most 20 MB and 50 "
-        "megapixels.",
+        "megapixels. Required unless there is `resume_latents`.",
         aliases=("image", "image_b64", "image_base64", "input_image_b64", "image_url"),
         min_length=1,
         repr=False,
@@ -134,8 +134,19 @@ class VideoRequest(BaseModel):
         multiple_of=32,
     )
 
+    return_latents: bool = _field(
+        False, "Return the latents so far as a safetensors file, which another job can go on from."
+    )
+    resume_latents: str | None = _field(
+        None,
+        "Go on from such a file: its handle on the volume, an https URL, or base64. The fields that the "
+        "latents depend on must be as they were.",
+        min_length=1,
+        repr=False,
+    )
 
-SECRETS = ("input_image", "s3_config")  # never shown or echoed
+
+SECRETS = ("input_image", "s3_config", "resume_latents")  # never shown or echoed
 
 ALIASES = {
     alias: name
@@ -164,10 +175,21 @@ def parse_request(data: Any) -> VideoRequest:
             raise RequestError(f"`{_short(name)}` is given twice, the second time as `{_short(key)}`.")
         _check_size(f"`{_short(name)}`", value)
         values[name] = value
+    faults = _absent(values)
     try:
-        return VideoRequest.model_validate(values)
+        request = VideoRequest.model_validate(values)
     except ValidationError as error:
-        raise RequestError(_sentence(error)) from None
+        faults += error.errors(include_url=False)
+    if faults:
+        raise RequestError(_sentence(faults))
+    return request
+
+
+def _absent(values: dict[str, Any]) -> list[dict]:
+    """The fault of having nothing to begin with, in pydantic's form."""
+    if any(values.get(name) is not None for name in ("input_image", "resume_latents")):
+        return []
+    return [{"type": "missing", "loc": ("input_image",), "input": None}]
 
 
 def _check_size(what: str, value: Any) -> None:
@@ -175,9 +197,9 @@ def _check_size(what: str, value: Any) -> None:
         raise RequestError(f"{what} has too many fields ({len(value)}).")
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(found: list[dict]) -> str:
     faults: dict[str, dict] = {}  # a union of types reports each member; the first is enough
-    for fault in error.errors(include_url=False):
+    for fault in found:
         faults.setdefault(_path(fault), fault)
     shown = [_fault(fault) for fault in [*faults.values()][:MAX_LISTED_ERRORS]]
     more = len(faults) - len(shown)

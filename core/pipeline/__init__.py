@@ -16,6 +16,7 @@ import torch
 
 from core.deadline import Deadline
 from core.errors import TimeLimitError, VideoEncodingError
+from core.pipeline.checkpoint import Checkpoint, Recorder
 from core.pipeline.conditioning import encode_conditioning
 from core.pipeline.decoding import VideoDecoder
 from core.pipeline.models import Models, initialize_models
@@ -59,6 +60,8 @@ def generate_video_sync(
     on_section: Callable[[SampledSection], None] = lambda sampled: None,
     frugal: bool = False,
     spare_filename: Callable[[], Path] | None = None,
+    recorder: Recorder | None = None,
+    resumed: Checkpoint | None = None,
 ) -> GeneratedVideo:
     """Animate `input_image` (H, W, 3) uint8 as `request` asks and write the MP4 to `output_filename`.
 
@@ -67,6 +70,7 @@ def generate_video_sync(
     latents; `frugal` spends time for memory (no transformer block kept on the GPU in swap mode, a tiled VAE).
     Encoding that fails is tried once more, at `spare_filename()`. Once `deadline` has passed no further step
     or decode starts: TimeLimitError, or where the request says `partial` the sections finished by then.
+    `recorder` has what can be gone on from; `resumed` is what to go on from, and its image the `input_image`.
     Reproduces the official `worker`, except that the start latent follows from the seed.
     """
     seed = request.seed if seed is None else seed
@@ -75,7 +79,7 @@ def generate_video_sync(
     direction = request.model or models.profile.direction
     plan = plan_sections(request.total_second_length, request.latent_window_size, direction)
     progress = Progress(sections=len(plan.sections), steps=request.steps)
-    pace = Pace(len(plan.sections) * request.steps)
+    pace = Pace(len(plan.sections) * request.steps, given=resumed.count * request.steps if resumed else 0)
 
     def check() -> None:
         check_cancelled()
@@ -95,6 +99,10 @@ def generate_video_sync(
 
     stage("encode")
     conditioning = encode_conditioning(models, image, request, seed, timer)
+    if resumed:
+        conditioning = replace(conditioning, start_latent=resumed.start_latent)
+    if recorder:
+        recorder.begin(image, conditioning.start_latent)
     preview_of = _previews(conditioning.start_latent, image) if request.preview else lambda x0: None
 
     decoder = VideoDecoder(models, plan, timer, force_tiling=frugal)
@@ -102,9 +110,11 @@ def generate_video_sync(
     try:
         stage("sample", section=1)
         for sampled in sample_sections(
-            models, plan, conditioning, request, seed, timer, on_step, preserved_gb=preserved_gb
+            models, plan, conditioning, request, seed, timer, on_step, preserved_gb, resumed
         ):
             on_section(sampled)
+            if recorder:
+                recorder.add(sampled.latents, sampled.generator_state)
             stage("decode", sampled.section.index + 1, request.steps, preview=preview_of(sampled.latents))
             decoder.add(sampled.to_decode, check)
     except TimeLimitError as error:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from core.pipeline.checkpoint import Checkpoint
 from core.pipeline.conditioning import Conditioning
 from core.pipeline.models import Models
 from core.pipeline.sections import HISTORY, HISTORY_FRAMES, Section, SectionPlan
@@ -28,6 +29,7 @@ class SampledSection:
     section: Section
     latents: torch.Tensor  # (1, 16, W, H/8, W/8), float32 on the CPU: what the sampler returned
     to_decode: torch.Tensor  # the newest latent frames, in the video's order
+    generator_state: torch.Tensor  # after this section's noise was drawn
 
 
 def sample_sections(
@@ -39,12 +41,17 @@ def sample_sections(
     timer: JobTimer,
     on_step: OnStep,
     preserved_gb: float,
+    resumed: Checkpoint | None = None,
 ) -> Iterator[SampledSection]:
     """Sample the plan's sections in order. All noise comes from one CPU generator seeded with `seed`.
 
-    In swap mode `preserved_gb` of GPU memory are kept free of the transformer's weights.
+    In swap mode `preserved_gb` of GPU memory are kept free of the transformer's weights. The first sections
+    come from `resumed`, as they were sampled then; the rest goes on with its generator.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
+    known = resumed.sections if resumed else ()
+    if resumed:
+        generator.set_state(resumed.generator_state)
     start = conditioning.start_latent
     _, channels, _, height, width = start.shape
     history = torch.zeros(1, channels, HISTORY_FRAMES, height, width)
@@ -54,13 +61,17 @@ def sample_sections(
 
     for section in plan.sections:
         timer.start_section()
-        noise = torch.randn(1, channels, plan.window, height, width, generator=generator)
-        packed = pack_history(section, start, history, forward, models)
-        with (
-            timer.section_span("sample"),
-            models.on_device("transformer", preserved_gb=preserved_gb),
-        ):
-            latents = _sample(models, noise, packed, conditioning, request, section, timer, on_step).cpu()
+        if section.index < len(known):
+            latents = known[section.index]
+            timer.sections[-1] |= {"sample": 0.0, "steps": request.steps, "steps_computed": 0}
+        else:
+            noise = torch.randn(1, channels, plan.window, height, width, generator=generator)
+            packed = pack_history(section, start, history, forward, models)
+            with (
+                timer.section_span("sample"),
+                models.on_device("transformer", preserved_gb=preserved_gb),
+            ):
+                latents = _sample(models, noise, packed, conditioning, request, section, timer, on_step).cpu()
 
         new = torch.cat([start, latents], dim=2) if section.adds_start else latents
         if forward:
@@ -71,7 +82,7 @@ def sample_sections(
             history = torch.cat([new, history], dim=2)
             real = history[:, :, :-HISTORY_FRAMES]
             to_decode = real[:, :, : section.decode_frames]
-        yield SampledSection(section, latents, to_decode)
+        yield SampledSection(section, latents, to_decode, generator.get_state())
 
 
 def pack_history(
