@@ -27,6 +27,7 @@ from diffusers_helper.buckets import nearest_bucket, resize_and_center_crop
 
 FORMAT = "framepack-latents-1"
 TENSORS = ("generator_state", "history", "image", "start_latent")
+CHANNELS = 16  # of HunyuanVideo's latents
 MAX_HEADER_BYTES = 1_000_000
 MAX_LATENT = 1e4  # real ones stay within 10; what is larger would overflow half precision
 MAX_SHOWN = 40  # characters of what the file says
@@ -98,7 +99,7 @@ def most_bytes(request: VideoRequest, models: Models) -> int:
     plan = plan_sections(request.total_second_length, request.latent_window_size, "f1")
     pixels = resolution * resolution
     latent_frames = len(plan.sections) * plan.window + 1
-    latent_frame = models.vae.config.latent_channels * pixels // 64 * torch.float32.itemsize
+    latent_frame = CHANNELS * pixels // 64 * torch.float32.itemsize
     return latent_frames * latent_frame + 3 * pixels + 2 * MAX_HEADER_BYTES
 
 

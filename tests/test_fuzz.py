@@ -314,6 +314,8 @@ REFUSALS = {
     "invalid_request",
     "invalid_image",
     "image_too_large",
+    "invalid_latents",
+    "latents_not_found",
     "url_refused",
     "download_failed",
     "download_too_large",
@@ -392,14 +394,22 @@ def test_lambda_events(models, stranger, monkeypatch):
     def check(event: Any) -> str:
         response = serverless_handler.lambda_handler(event, None)
         outcome = outcome_of(json.loads(response["body"]))
-        assert response["statusCode"] in ([200] if outcome == "done" else [400, 413, 502])
+        assert response["statusCode"] in ([200] if outcome == "done" else [400, 404, 413, 502])
         return outcome
 
     outcomes = fuzz(check, lambda_events(), cost=4)
     assert {"done", "invalid_request"} <= outcomes.keys() <= {"done"} | REFUSALS
 
 
-SHORT = ("input_image", "total_second_length", "latent_window_size", "steps", "resolution", "s3_config")
+SHORT = (
+    "input_image",
+    "resume_latents",
+    "total_second_length",
+    "latent_window_size",
+    "steps",
+    "resolution",
+    "s3_config",
+)
 ANY = {name: good_values(field) for name, field in VideoRequest.model_fields.items() if name not in SHORT}
 
 

@@ -32,6 +32,8 @@ DEFAULTS = {
     "preview": False,
     "model": None,
     "resolution": None,
+    "return_latents": False,
+    "resume_latents": None,
 }
 
 BUCKET = {
@@ -77,7 +79,7 @@ REAL_BOUNDS = {
     "timeout_s": (1, 86_400),
 }
 NUMBERS = [*WHOLE_BOUNDS, *REAL_BOUNDS]
-TEXTS = ["input_image", "prompt", "n_prompt"]
+TEXTS = ["input_image", "prompt", "n_prompt", "resume_latents"]
 
 
 def accepted(**fields) -> VideoRequest:
@@ -278,7 +280,7 @@ def test_use_teacache_must_be_a_boolean(value):
     assert refused(use_teacache=value).startswith("`use_teacache` must be true or false (got ")
 
 
-NULLABLE = ("seed", "model", "resolution", "timeout_s", "s3_config")
+NULLABLE = ("seed", "model", "resolution", "timeout_s", "s3_config", "resume_latents")
 
 
 @pytest.mark.parametrize("name", [name for name in DEFAULTS if name not in NULLABLE])
@@ -296,7 +298,8 @@ def test_text_must_be_a_string(name, value):
 def test_required_fields(name):
     assert refusal({key: value for key, value in REQUIRED.items() if key != name}) == f"`{name}` is required."
     assert refused(**{name: ""}) == f"`{name}` must not be empty."
-    assert refused(**{name: None}) == f"`{name}` must be a string (got null)."
+    reason = "is required" if name == "input_image" else "must be a string (got null)"
+    assert refused(**{name: None}) == f"`{name}` {reason}."
 
 
 def test_both_required_fields_missing():
