@@ -338,14 +338,14 @@ class TestCourse:
         assert course.steps == 4
 
     def test_of_seconds_that_begin_with_compiling(self):
-        """10 s, of which the first step takes 4, the others 0.1: the rates take the last 6 for their way."""
+        """10 s, of which the first step takes 4, the others 0.125: the rates take the last 6 for their way."""
         now = [100.0]
         course = Course(seconds=10, clock=lambda: now[0])
         done = []
         for step in course:
-            now[0] += 4 if step == 1 else 0.1
+            now[0] += 4 if step == 1 else 0.125
             done.append(course.done)
-        assert course.steps == len(done) == 61
+        assert course.steps == len(done) == 49
         assert max(done[:COMPILED_AFTER]) <= 1e-3 and done == sorted(done)
         assert done[COMPILED_AFTER] < 0.05 and done[-1] == pytest.approx(1)
 
