@@ -158,6 +158,22 @@ def test_the_library_class_gives_the_same_velocity(tiny_models):
     assert expected.abs().max() > 0
     assert torch.equal(velocity, expected)
 
+    # and so is every step from what the first one prepared
+    with torch.inference_mode():
+        prepared = ours.prepare_history(history)
+        condition = ours.prepare_condition(
+            shared["encoder_hidden_states"],
+            shared["encoder_attention_mask"],
+            shared["pooled_projections"],
+            shared["image_embeds"],
+            shared["guidance"],
+        )
+        for timestep in (1000.0, 600.0, 20.0):
+            shared |= {"hidden_states": randn(1, 16, 9, 24, 16), "timestep": torch.tensor([timestep])}
+            expected = library(**shared, **vars(history), return_dict=False)[0]
+            velocity = ours.velocity(shared["hidden_states"], shared["timestep"], prepared, condition)
+            assert torch.equal(velocity, expected)
+
 
 def test_the_vae_attends_as_the_librarys_does(tiny_models):
     """Frame by frame instead of under a mask: the same pixels and latents to float32 rounding."""

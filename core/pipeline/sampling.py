@@ -14,7 +14,7 @@ from diffusers_helper.guidance import guided_velocity
 from diffusers_helper.schedule import flow_shift_mu, shifted_sigmas
 from diffusers_helper.teacache import TeaCache
 from diffusers_helper.text import PromptEmbeds
-from diffusers_helper.transformer import PackedHistory
+from diffusers_helper.transformer import PackedHistory, PreparedCondition
 from diffusers_helper.unipc import sample_unipc
 
 TIMESTEPS = 1000.0  # the model's timestep is sigma · 1000, its guidance embedding likewise
@@ -114,31 +114,22 @@ def _sample(
     p = models.transformer.config.patch_size
     mu = flow_shift_mu(frames * (height // p) * (width // p))
     sigmas = shifted_sigmas(request.steps, mu)
-    guidance = torch.tensor([request.gs * TIMESTEPS], device=device).to(dtype)
 
     guided = request.cfg != 1
+    transformer = models.transformer
+    history = transformer.prepare_history(packed)
+    positive = _prepare(models, conditioning.positive, conditioning, request.gs)
+    negative = _prepare(models, conditioning.negative, conditioning, request.gs) if guided else None
     positive_cache = TeaCache(request.steps) if request.use_teacache else None
     negative_cache = TeaCache(request.steps) if request.use_teacache and guided else None
 
-    def velocity(x: torch.Tensor, sigma: float, prompt: PromptEmbeds, cache: TeaCache | None) -> torch.Tensor:
-        return models.transformer(
-            hidden_states=x,
-            timestep=torch.tensor([sigma * TIMESTEPS], device=device).to(dtype),
-            guidance=guidance,
-            encoder_hidden_states=prompt.encoder_hidden_states,
-            encoder_attention_mask=prompt.encoder_attention_mask,
-            pooled_projections=prompt.pooled_projections,
-            image_embeds=conditioning.image_embeds,
-            history=packed,
-            cache=cache,
-        ).float()
-
     def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
         x = x.to(dtype)  # the official wrapper rounds x first and takes x0 from the rounded x
-        v = velocity(x, sigma, conditioning.positive, positive_cache)
+        timestep = torch.tensor([sigma * TIMESTEPS], device=device).to(dtype)
+        v = transformer.velocity(x, timestep, history, positive, positive_cache).float()
         if guided:
-            negative = velocity(x, sigma, conditioning.negative, negative_cache)
-            v = guided_velocity(v, negative, request.cfg, request.rs)
+            v_negative = transformer.velocity(x, timestep, history, negative, negative_cache).float()
+            v = guided_velocity(v, v_negative, request.cfg, request.rs)
         return x.float() - sigma * v
 
     def after_step(i: int, x0: torch.Tensor) -> None:
@@ -151,3 +142,17 @@ def _sample(
         "steps_computed": positive_cache.computed if positive_cache else request.steps,
     }
     return latents
+
+
+def _prepare(
+    models: Models, prompt: PromptEmbeds, conditioning: Conditioning, guidance_scale: float
+) -> PreparedCondition:
+    """What one guidance pass is conditioned on, once for all steps."""
+    guidance = torch.tensor([guidance_scale * TIMESTEPS], device=models.device).to(models.transformer_dtype)
+    return models.transformer.prepare_condition(
+        prompt.encoder_hidden_states,
+        prompt.encoder_attention_mask,
+        prompt.pooled_projections,
+        conditioning.image_embeds,
+        guidance,
+    )
