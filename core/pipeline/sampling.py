@@ -125,7 +125,7 @@ def _sample(
 
     def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
         x = x.to(dtype)  # the official wrapper rounds x first and takes x0 from the rounded x
-        timestep = torch.tensor([sigma * TIMESTEPS], device=device).to(dtype)
+        timestep = _scaled(sigma, models)
         v = transformer.velocity(x, timestep, history, positive, positive_cache).float()
         if guided:
             v_negative = transformer.velocity(x, timestep, history, negative, negative_cache).float()
@@ -148,11 +148,18 @@ def _prepare(
     models: Models, prompt: PromptEmbeds, conditioning: Conditioning, guidance_scale: float
 ) -> PreparedCondition:
     """What one guidance pass is conditioned on, once for all steps."""
-    guidance = torch.tensor([guidance_scale * TIMESTEPS], device=models.device).to(models.transformer_dtype)
     return models.transformer.prepare_condition(
         prompt.encoder_hidden_states,
         prompt.encoder_attention_mask,
         prompt.pooled_projections,
         conditioning.image_embeds,
-        guidance,
+        _scaled(guidance_scale, models),
     )
+
+
+def _scaled(value: float, models: Models) -> torch.Tensor:
+    """A sigma or guidance scale as the model takes it, (1,) in its dtype.
+
+    Filled on the device: a copy from the host would wait until the GPU has nothing left to do.
+    """
+    return torch.full((1,), value * TIMESTEPS, device=models.device).to(models.transformer_dtype)
