@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.pipeline import generate_video_sync
 from core.pipeline.sampling import _scaled
-from core.request import VideoRequest
 from diffusers_helper.schedule import shifted_sigmas
 from diffusers_helper.unipc import sample_unipc
 
@@ -30,27 +28,6 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.operations[str(func.overloadpacket)] += 1
         return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def make_video(tiny_models, picture, tmp_path, quick_decode):
-    def make_video(**fields):
-        request = VideoRequest(
-            **{
-                "input_image": "unused",
-                "prompt": "A cat turns its head.",
-                "total_second_length": 1.2,
-                "latent_window_size": 4,
-                "steps": STEPS,
-                "resolution": 256,
-                "seed": 0,
-                "use_teacache": False,
-            }
-            | fields
-        )
-        return generate_video_sync(tiny_models, picture, request, tmp_path / "video.mp4")
-
-    return make_video
 
 
 @pytest.mark.parametrize(("cfg", "passes"), [(1.0, 1), (2.0, 2)])

@@ -48,6 +48,7 @@ def sample_sections(
     start = conditioning.start_latent
     _, channels, _, height, width = start.shape
     history = torch.zeros(1, channels, HISTORY_FRAMES, height, width)
+    kept = HISTORY_FRAMES + 2 * plan.window + 1  # the most that a section sees or decodes beside its own
     forward = plan.direction == "f1"
     if forward:
         history = torch.cat([history, start], dim=2)
@@ -67,10 +68,12 @@ def sample_sections(
             history = torch.cat([history, new], dim=2)
             real = history[:, :, HISTORY_FRAMES:]
             to_decode = real if section.decode_frames is None else real[:, :, -section.decode_frames :]
+            history = history[:, :, -kept:]
         else:
             history = torch.cat([new, history], dim=2)
             real = history[:, :, :-HISTORY_FRAMES]
             to_decode = real[:, :, : section.decode_frames]
+            history = history[:, :, :kept]
         yield SampledSection(section, latents, to_decode)
 
 
