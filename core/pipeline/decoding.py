@@ -11,7 +11,7 @@ from core.pipeline.sections import SectionPlan
 from core.timing import JobTimer
 from diffusers_helper import memory
 from diffusers_helper.blending import SectionJoiner
-from diffusers_helper.vae import decode_latents
+from diffusers_helper.vae import DecodedTiles, decode_latents
 
 
 class VideoDecoder:
@@ -33,6 +33,7 @@ class VideoDecoder:
         self._timer = timer
         self._prepends = plan.direction == "i2v"
         self._force_tiling = force_tiling
+        self._tiles = DecodedTiles()
         self._store = ClipStore(folder)
         self._joiner = SectionJoiner(plan.overlap, self._store.hold)
         self.tiled = False
@@ -47,7 +48,8 @@ class VideoDecoder:
         with self._timer.section_span("decode"), models.on_device("vae"):
             tiled = self._force_tiling or not self._fits(latents)
             self.tiled |= tiled
-            pixels = decode_latents(latents, models.vae, models.device, tiled, check)
+            with self._tiles.used_by(models.vae):
+                pixels = decode_latents(latents, models.vae, models.device, tiled, check)
             if self._prepends:
                 self._joiner.prepend(pixels)
             else:
