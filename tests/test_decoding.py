@@ -73,6 +73,23 @@ def test_the_video_is_the_same_from_fewer_frames(tiny_models, tmp_path, decoded,
     assert expected.shape[2] == plan.frames
 
 
+def test_spatial_tiles_are_recalled_too(tiny_models, monkeypatch, decoded):
+    vae = tiny_models.vae
+    for name in ("tile_sample_min_height", "tile_sample_min_width"):
+        monkeypatch.setattr(vae, name, 8)
+    for name in ("tile_sample_stride_height", "tile_sample_stride_width"):
+        monkeypatch.setattr(vae, name, 8)
+    tiles, (_, first, second, *_) = DecodedTiles(), windows("f1", 9)
+    expected = decode_latents(second, vae, CPU, tiled=True)
+    assert sum(decoded) == 4 * 28
+    with tiles.used_by(vae):
+        decode_latents(first, vae, CPU, tiled=True)
+    decoded.clear()
+    with tiles.used_by(vae):
+        assert torch.equal(decode_latents(second, vae, CPU, tiled=True), expected)
+    assert sum(decoded) == 4 * 18
+
+
 def test_other_latents_are_other_tiles(tiny_models):
     """One value of one frame, which two of the three tiles have."""
     tiles, vae = DecodedTiles(), tiny_models.vae
