@@ -62,7 +62,8 @@ class PromptEncoder(LlamaModel):
         super().__init__(config)
         self.norm = nn.Identity()
         unused = "|".join(str(layer) for layer in range(config.num_hidden_layers, whole))
-        self._keys_to_ignore_on_load_unexpected |= {rf"^layers\.({unused})\.", r"^norm\."}
+        ignored = self._keys_to_ignore_on_load_unexpected or ()
+        self._keys_to_ignore_on_load_unexpected = {*ignored, rf"^layers\.({unused})\.", r"^norm\."}
 
 
 def template_crop(tokenizer: PreTrainedTokenizerFast) -> int:
