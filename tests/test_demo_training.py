@@ -338,7 +338,7 @@ class TestCourse:
         assert course.steps == 4
 
     def test_of_seconds_that_begin_with_compiling(self):
-        """10 s, of which the first step takes 4, the others 0.125: the rates take the last 6 for their way."""
+        """10 s; the first step takes 4, the others 0.125: the rates take the last 6 for their way."""
         now = [100.0]
         course = Course(seconds=10, clock=lambda: now[0])
         done = []
