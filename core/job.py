@@ -92,7 +92,7 @@ def run_job(
                 deadline=deadline,
                 frugal=frugal,
                 spare_filename=spare_mp4,
-                recorder=handover.recorder,
+                recorder=handover.recorder if request.return_latents else None,
                 resumed=resumed,
             )
 

@@ -24,11 +24,32 @@ class PackedHistory:
     indices_latents_history_4x: torch.Tensor
 
 
+@dataclass(frozen=True)
+class PreparedHistory:
+    """A `PackedHistory` as the blocks read it: the same in every step of a section and in both passes."""
+
+    tokens: torch.Tensor  # (B, n, D): 4× | 2× | clean
+    rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin of these and the section's own tokens after them
+
+
+@dataclass(frozen=True)
+class PreparedCondition:
+    """What one guidance pass is conditioned on, as far as no step changes it."""
+
+    text: torch.Tensor  # (B, n, D_text): refined anew in every step
+    text_mask: torch.Tensor | None
+    real_tokens: int  # of `text`; padding follows
+    image_tokens: torch.Tensor  # (B, patches, D)
+    pooled_projections: torch.Tensor
+    guidance: torch.Tensor
+
+
 class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
     """`HunyuanVideoFramepackTransformer3DModel` with the library's result from the library's weights.
 
     For one sample, or for several whose prompts have equally many tokens. Call `output_in_float32()` once
-    after loading to project as the official code does for inference.
+    after loading to project as the official code does for inference. A section's steps share
+    `prepare_history` and `prepare_condition` and then call `velocity`; `forward` is all three.
     """
 
     def output_in_float32(self) -> None:
@@ -48,19 +69,79 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
     ) -> torch.Tensor:
         """Velocity (B, 16, T, h, w), in `proj_out`'s dtype, of latents `hidden_states` of that shape.
 
-        `timestep` and `guidance` are (B,) in the model's dtype (sigma·1000, distilled guidance·1000); text
-        is (1, 512, D) with its boolean mask (1, 512), or (B, n, D) without one, where all of it is real;
-        `image_embeds` are (B, patches, D).
+        `timestep` is (B,) in the model's dtype, sigma·1000; the others are described where they are prepared.
         """
-        batch, _, frames, height, width = hidden_states.shape
-        tokens, rotary = self._pack(hidden_states, history)
-        temb, _ = self.time_text_embed(timestep, pooled_projections, guidance)
-        context = self._context(timestep, encoder_hidden_states, encoder_attention_mask, image_embeds)
+        condition = self.prepare_condition(
+            encoder_hidden_states, encoder_attention_mask, pooled_projections, image_embeds, guidance
+        )
+        return self.velocity(hidden_states, timestep, self.prepare_history(history), condition, cache)
+
+    def prepare_history(self, history: PackedHistory) -> PreparedHistory:
+        """Embed a section's history, and make the rotary tables of its whole sequence."""
+        height, width = history.latents_clean.shape[-2:]
+        device = history.latents_clean.device
+
+        def rope(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.rope(frame_indices=indices, height=height, width=width, device=device)
+
+        clean, history_2x, history_4x = self.clean_x_embedder(
+            history.latents_clean, history.latents_history_2x, history.latents_history_4x
+        )
+        tokens, rotary = self._pack_history_states(
+            clean[:, :0],  # the section's own tokens, which come with each step
+            clean,
+            history_2x,
+            history_4x,
+            rope(history.indices_latents),
+            rope(history.indices_latents_clean),
+            rope(history.indices_latents_history_2x),
+            rope(history.indices_latents_history_4x),
+            height // self.config.patch_size,
+            width // self.config.patch_size,
+        )
+        return PreparedHistory(tokens, rotary)
+
+    def prepare_condition(
+        self,
+        text: torch.Tensor,
+        text_mask: torch.Tensor | None,
+        pooled_projections: torch.Tensor,
+        image_embeds: torch.Tensor,
+        guidance: torch.Tensor,
+    ) -> PreparedCondition:
+        """Project the image, and count the prompt's real tokens: the last time that the host asks the GPU.
+
+        Text is (1, 512, D) with its boolean mask (1, 512), or (B, n, D) without one, where all of it is
+        real; `image_embeds` are (B, patches, D); `guidance` is (B,) in the model's dtype, distilled
+        guidance·1000.
+        """
+        return PreparedCondition(
+            text=text,
+            text_mask=text_mask,
+            real_tokens=text.shape[1] if text_mask is None else int(text_mask.sum()),
+            image_tokens=self.image_projection(image_embeds),
+            pooled_projections=pooled_projections,
+            guidance=guidance,
+        )
+
+    def velocity(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        history: PreparedHistory,
+        condition: PreparedCondition,
+        cache: TeaCache | None = None,
+    ) -> torch.Tensor:
+        """As `forward`, from what was prepared."""
+        batch, _, frames, height, width = latents.shape
+        tokens = torch.cat([history.tokens, self.x_embedder(latents)], dim=1)
+        temb, _ = self.time_text_embed(timestep, condition.pooled_projections, condition.guidance)
+        context = self._context(timestep, condition)
 
         if cache is None:
-            tokens = self._run_blocks(tokens, context, temb, rotary)
+            tokens = self._run_blocks(tokens, context, temb, history.rotary)
         elif cache.should_compute(self.transformer_blocks[0].norm1(tokens, emb=temb)[0]):
-            output = self._run_blocks(tokens, context, temb, rotary)
+            output = self._run_blocks(tokens, context, temb, history.rotary)
             cache.store(tokens, output)
             tokens = output
         else:
@@ -76,43 +157,13 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
             .reshape(batch, -1, frames, height, width)
         )
 
-    def _pack(
-        self, latents: torch.Tensor, history: PackedHistory
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """One token sequence 4× | 2× | clean | section, with its rotary tables."""
-        height, width = latents.shape[-2:]
+    def _context(self, timestep: torch.Tensor, condition: PreparedCondition) -> torch.Tensor:
+        """Image tokens, then the prompt's real tokens; padding is dropped, so no attention mask is needed.
 
-        def rope(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.rope(frame_indices=indices, height=height, width=width, device=latents.device)
-
-        clean, history_2x, history_4x = self.clean_x_embedder(
-            history.latents_clean, history.latents_history_2x, history.latents_history_4x
-        )
-        return self._pack_history_states(
-            self.x_embedder(latents),
-            clean,
-            history_2x,
-            history_4x,
-            rope(history.indices_latents),
-            rope(history.indices_latents_clean),
-            rope(history.indices_latents_history_2x),
-            rope(history.indices_latents_history_4x),
-            height // self.config.patch_size,
-            width // self.config.patch_size,
-        )
-
-    def _context(
-        self,
-        timestep: torch.Tensor,
-        text: torch.Tensor,
-        mask: torch.Tensor | None,
-        image_embeds: torch.Tensor,
-    ) -> torch.Tensor:
-        """Image tokens, then the prompt's real tokens; padding is dropped, so no attention mask is needed."""
-        text = self.context_embedder(text, timestep, mask)
-        if mask is not None:
-            text = text[:, : int(mask.sum())]
-        return torch.cat([self.image_projection(image_embeds), text], dim=1)
+        The refiner sees the padding, under its mask: cut before it, the same text is rounded differently.
+        """
+        text = self.context_embedder(condition.text, timestep, condition.text_mask)
+        return torch.cat([condition.image_tokens, text[:, : condition.real_tokens]], dim=1)
 
     def _run_blocks(
         self,

@@ -105,7 +105,8 @@ def generate_video_sync(
         recorder.begin(image, conditioning.start_latent)
     preview_of = _previews(conditioning.start_latent, image) if request.preview else lambda x0: None
 
-    decoder = VideoDecoder(models, plan, timer, force_tiling=frugal)
+    path = Path(output_filename)
+    decoder = VideoDecoder(models, plan, timer, path.parent, force_tiling=frugal)
     preserved_gb = math.inf if frugal else request.gpu_memory_preservation
     try:
         stage("sample", section=1)
@@ -129,7 +130,6 @@ def generate_video_sync(
 
     report(progress.at("mp4_encode", section=decoder.sections, step=request.steps))
     with timer.span("mp4_encode"):
-        path = Path(output_filename)
         try:
             frames = save_bcthw_as_mp4(finished_clips(), path, FPS, request.mp4_crf)
         except VideoEncodingError:

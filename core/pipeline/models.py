@@ -15,7 +15,6 @@ from torch import nn
 from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
-    LlamaModel,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
     SiglipVisionModel,
@@ -26,7 +25,7 @@ from core.pipeline import weights
 from core.pipeline.profiles import Direction, ModelProfile, Source, load_profile
 from core.settings import Settings
 from diffusers_helper import memory
-from diffusers_helper.text import template_crop
+from diffusers_helper.text import PromptEncoder, template_crop
 from diffusers_helper.transformer import FramePackTransformer
 from diffusers_helper.vae import attend_framewise
 
@@ -72,7 +71,7 @@ class Models:
         self.feature_extractor = _load(SiglipImageProcessorPil, redux / "feature_extractor")
         with _naming(hunyuan / "tokenizer"):
             template_crop(self.tokenizer)
-        self.text_encoder = _load_weights(LlamaModel, hunyuan / "text_encoder", dtype=half)
+        self.text_encoder = _load_weights(PromptEncoder, hunyuan / "text_encoder", dtype=half)
         self.text_encoder_2 = _load_weights(CLIPTextModel, hunyuan / "text_encoder_2", dtype=half)
         self.vae = _load_weights(AutoencoderKLHunyuanVideo, hunyuan / "vae", torch_dtype=half)
         attend_framewise(self.vae)

@@ -15,7 +15,7 @@ from diffusers_helper.guidance import guided_velocity
 from diffusers_helper.schedule import flow_shift_mu, shifted_sigmas
 from diffusers_helper.teacache import TeaCache
 from diffusers_helper.text import PromptEmbeds
-from diffusers_helper.transformer import PackedHistory
+from diffusers_helper.transformer import PackedHistory, PreparedCondition
 from diffusers_helper.unipc import sample_unipc
 
 TIMESTEPS = 1000.0  # the model's timestep is sigma · 1000, its guidance embedding likewise
@@ -55,6 +55,7 @@ def sample_sections(
     start = conditioning.start_latent
     _, channels, _, height, width = start.shape
     history = torch.zeros(1, channels, HISTORY_FRAMES, height, width)
+    kept = HISTORY_FRAMES + 2 * plan.window + 1  # the most that a section sees or decodes beside its own
     forward = plan.direction == "f1"
     if forward:
         history = torch.cat([history, start], dim=2)
@@ -78,10 +79,12 @@ def sample_sections(
             history = torch.cat([history, new], dim=2)
             real = history[:, :, HISTORY_FRAMES:]
             to_decode = real if section.decode_frames is None else real[:, :, -section.decode_frames :]
+            history = history[:, :, -kept:]
         else:
             history = torch.cat([new, history], dim=2)
             real = history[:, :, :-HISTORY_FRAMES]
             to_decode = real[:, :, : section.decode_frames]
+            history = history[:, :, :kept]
         yield SampledSection(section, latents, to_decode, generator.get_state())
 
 
@@ -125,31 +128,22 @@ def _sample(
     p = models.transformer.config.patch_size
     mu = flow_shift_mu(frames * (height // p) * (width // p))
     sigmas = shifted_sigmas(request.steps, mu)
-    guidance = torch.tensor([request.gs * TIMESTEPS], device=device).to(dtype)
 
     guided = request.cfg != 1
+    transformer = models.transformer
+    history = transformer.prepare_history(packed)
+    positive = _prepare(models, conditioning.positive, conditioning, request.gs)
+    negative = _prepare(models, conditioning.negative, conditioning, request.gs) if guided else None
     positive_cache = TeaCache(request.steps) if request.use_teacache else None
     negative_cache = TeaCache(request.steps) if request.use_teacache and guided else None
 
-    def velocity(x: torch.Tensor, sigma: float, prompt: PromptEmbeds, cache: TeaCache | None) -> torch.Tensor:
-        return models.transformer(
-            hidden_states=x,
-            timestep=torch.tensor([sigma * TIMESTEPS], device=device).to(dtype),
-            guidance=guidance,
-            encoder_hidden_states=prompt.encoder_hidden_states,
-            encoder_attention_mask=prompt.encoder_attention_mask,
-            pooled_projections=prompt.pooled_projections,
-            image_embeds=conditioning.image_embeds,
-            history=packed,
-            cache=cache,
-        ).float()
-
     def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
         x = x.to(dtype)  # the official wrapper rounds x first and takes x0 from the rounded x
-        v = velocity(x, sigma, conditioning.positive, positive_cache)
+        timestep = _scaled(sigma, models)
+        v = transformer.velocity(x, timestep, history, positive, positive_cache).float()
         if guided:
-            negative = velocity(x, sigma, conditioning.negative, negative_cache)
-            v = guided_velocity(v, negative, request.cfg, request.rs)
+            v_negative = transformer.velocity(x, timestep, history, negative, negative_cache).float()
+            v = guided_velocity(v, v_negative, request.cfg, request.rs)
         return x.float() - sigma * v
 
     def after_step(i: int, x0: torch.Tensor) -> None:
@@ -162,3 +156,24 @@ def _sample(
         "steps_computed": positive_cache.computed if positive_cache else request.steps,
     }
     return latents
+
+
+def _prepare(
+    models: Models, prompt: PromptEmbeds, conditioning: Conditioning, guidance_scale: float
+) -> PreparedCondition:
+    """What one guidance pass is conditioned on, once for all steps."""
+    return models.transformer.prepare_condition(
+        prompt.encoder_hidden_states,
+        prompt.encoder_attention_mask,
+        prompt.pooled_projections,
+        conditioning.image_embeds,
+        _scaled(guidance_scale, models),
+    )
+
+
+def _scaled(value: float, models: Models) -> torch.Tensor:
+    """A sigma or guidance scale as the model takes it, (1,) in its dtype.
+
+    Filled on the device: a copy from the host would wait until the GPU has nothing left to do.
+    """
+    return torch.full((1,), value * TIMESTEPS, device=models.device).to(models.transformer_dtype)
