@@ -18,6 +18,7 @@ from core.errors import OutOfMemoryError
 from core.fetch import fetch_url
 from core.images import Fetch, decode_image
 from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
+from core.pipeline.caching import cache_threshold, step_caches
 from core.pipeline.sections import FPS
 from core.progress import Progress
 from core.request import MAX_SEED, SECRETS, VideoRequest, parse_request
@@ -56,6 +57,7 @@ def run_job(
     seed = random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
     with timer.span("model_load"):
         models.use_direction(request.model or models.profile.direction)
+    step_caches(request, models.direction, models.magnitudes)  # refuses what the model cannot have
     if models.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(models.device)
 
@@ -102,7 +104,7 @@ def run_job(
         with timer.span("deliver"):
             delivered = deliver(video.path, job_id, request, check_cancelled)
 
-    warnings = _warnings(request, video, models, settings, retried)
+    warnings = _warnings(request, video, models, settings, retried) + _inert_choices(request, timer)
     if note := delivered.pop("delivery_warning", None):
         warnings.append(note)
     return delivered | {
@@ -115,7 +117,7 @@ def run_job(
         "duration_s": round(video.frames / FPS, 3),
         "sections": video.sections,
         "partial": video.sections < len(video.plan.sections),
-        "parameters": _parameters(request, seed, models),
+        "parameters": _parameters(request, seed, video, models),
         "warnings": warnings,
         "timings": _timings(timer),
         "worker": _worker(models, retried),
@@ -150,12 +152,15 @@ def _with_memory_retry(
     )
 
 
-def _parameters(request: VideoRequest, seed: int, models: Models) -> dict:
+def _parameters(request: VideoRequest, seed: int, video: GeneratedVideo, models: Models) -> dict:
     used = request.model_dump(exclude=set(SECRETS))
     return used | {
         "seed": seed,
         "model": models.direction,
         "resolution": request.resolution or models.profile.resolution,
+        "shift": video.shift,
+        "cache": request.cache_kind,
+        "cache_threshold": cache_threshold(request),
     }
 
 
@@ -187,6 +192,26 @@ def _warnings(
         )
     elif video.tiled_decode:
         warnings.append("The video was decoded in tiles to fit the GPU's memory; seams are blended.")
+    return warnings
+
+
+def _inert_choices(request: VideoRequest, timer: JobTimer) -> list[str]:
+    """Of the sampler, the schedule and the step cache, what was asked for and changed nothing."""
+    warnings = []
+    if request.steps <= 2 and request.sampler != "unipc_bh1":
+        warnings.append("`sampler` had no effect: with one or two steps all samplers do the same.")
+    if request.steps == 1 and request.shift:
+        warnings.append("`shift` had no effect: a single step has no schedule.")
+    choices = {
+        "cache": request.cache not in (None, "none"),
+        "cache_threshold": request.cache_threshold is not None,
+        "cache_order": request.cache_order > 0,
+    }
+    asked = [name for name, is_asked in choices.items() if is_asked]
+    if request.cache_kind == "none":
+        warnings += [f"`{name}` had no effect: no step cache is used." for name in asked]
+    elif asked and all(section["steps_computed"] == section["steps"] for section in timer.sections):
+        warnings.append(f"`{asked[0]}` had no effect: every step was computed.")
     return warnings
 
 

@@ -22,6 +22,7 @@ MAX_SEED = 2**32 - 1
 MAX_PROMPT = 4000
 MAX_LISTED_ERRORS = 3
 MAX_FIELDS = 10_000  # 20 MB of JSON hold two million; refused one by one they would take 2 GB
+MIN_SHIFT = 0.1  # below it all steps but the first are at nearly no noise
 MAX_SHOWN = 40  # characters of what the caller wrote
 
 
@@ -134,6 +135,39 @@ class VideoRequest(BaseModel):
         multiple_of=32,
     )
 
+    sampler: Literal["unipc_bh1", "unipc_bh2", "euler"] = _field(
+        "unipc_bh1", "How the steps are taken: UniPC with B(h) = h (the official one) or e^h − 1, or Euler."
+    )
+    shift: float = _field(
+        0.0,
+        "Shift of the noise schedule, 0.1 to 20: higher spends more of the steps on strong noise; 0 takes it "
+        "from the sequence length (7 at the official sizes).",
+        ge=0,
+        le=20,
+    )
+    cache: Literal["none", "teacache", "magcache", "firstblock"] | None = _field(
+        None, "What skips steps; null is teacache where use_teacache is true, else none."
+    )
+    cache_threshold: float | None = _field(
+        None,
+        "Estimated error up to which a step is skipped: higher is faster and further off, 0 skips none; "
+        "null is the cache's own (teacache 0.15, magcache 0.1, firstblock 0.06).",
+        ge=0,
+        le=1,
+    )
+    cache_order: Whole = _field(
+        0,
+        "How a skipped step's residual is estimated: 0 takes the last one, 1 and 2 extrapolate the last "
+        "two or three (TaylorSeer).",
+        ge=0,
+        le=2,
+    )
+
+    @property
+    def cache_kind(self) -> str:
+        """`cache`, or what `use_teacache` says in its place."""
+        return self.cache or ("teacache" if self.use_teacache else "none")
+
 
 SECRETS = ("input_image", "s3_config")  # never shown or echoed
 
@@ -165,9 +199,30 @@ def parse_request(data: Any) -> VideoRequest:
         _check_size(f"`{_short(name)}`", value)
         values[name] = value
     try:
-        return VideoRequest.model_validate(values)
+        request = VideoRequest.model_validate(values)
     except ValidationError as error:
         raise RequestError(_sentence(error)) from None
+    _check_shift(request)
+    return _with_one_cache(request)
+
+
+def _check_shift(request: VideoRequest) -> None:
+    if 0 < request.shift < MIN_SHIFT:
+        raise RequestError(
+            f"`shift` must be 0 (automatic) or at least {MIN_SHIFT:g} (got {_show(request.shift)})."
+        )
+
+
+def _with_one_cache(request: VideoRequest) -> VideoRequest:
+    """With `use_teacache` as `cache` has it. Raises RequestError where both were given and differ."""
+    if request.cache is None or request.use_teacache == (request.cache == "teacache"):
+        return request
+    if "use_teacache" in request.model_fields_set:
+        raise RequestError(
+            f"`use_teacache` {_show(request.use_teacache)} and `cache` {request.cache} contradict each "
+            "other; give one of them."
+        )
+    return request.model_copy(update={"use_teacache": not request.use_teacache})
 
 
 def _check_size(what: str, value: Any) -> None:

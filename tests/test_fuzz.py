@@ -47,6 +47,7 @@ from core.pipeline.profiles import load_profile
 from core.request import ALIASES, SECRETS, S3Config, VideoRequest, parse_request
 from core.settings import Settings
 from core.worker import Worker
+from diffusers_helper.magcache import PUBLISHED
 from tests.damaged_images import check_image, damaged_images, samples
 from tests.hostile_inputs import (
     SECRET,
@@ -303,6 +304,8 @@ def models(monkeypatch) -> SimpleNamespace:
         device=torch.device("cpu"),
         profile=load_profile(TINY),
         direction="i2v",
+        magnitudes=dict(PUBLISHED),
+        transformer=SimpleNamespace(config=SimpleNamespace(patch_size=2)),
         use_direction=lambda direction: None,
         memory_mode="resident",
         transformer_dtype=torch.float32,
@@ -412,7 +415,8 @@ def test_jobs_with_models(quick_decode, monkeypatch):
         return outcome_of(asyncio.run(handler.handler({"id": "job", "input": quick_input(**fields)})))
 
     outcomes = fuzz(check, st.fixed_dictionaries({}, optional=ANY), cost=60)
-    assert "done" in outcomes.keys() <= {"done", "upload_failed", "timed_out"}
+    # two caches at once, or one that needs what nobody measured of these models
+    assert "done" in outcomes.keys() <= {"done", "upload_failed", "timed_out", "invalid_request"}
 
 
 # uploads

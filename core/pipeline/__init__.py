@@ -19,7 +19,7 @@ from core.errors import TimeLimitError, VideoEncodingError
 from core.pipeline.conditioning import encode_conditioning
 from core.pipeline.decoding import VideoDecoder
 from core.pipeline.models import Models, initialize_models
-from core.pipeline.sampling import SampledSection, sample_sections
+from core.pipeline.sampling import SampledSection, sample_sections, schedule_mu
 from core.pipeline.sections import FPS, Section, SectionPlan, plan_sections
 from core.progress import Pace, Progress
 from core.request import VideoRequest
@@ -42,6 +42,7 @@ class GeneratedVideo:
     plan: SectionPlan
     sections: int  # finished; fewer than planned only where the time ran out and `partial` was asked
     tiled_decode: bool
+    shift: float  # of the noise schedule
     warnings: tuple[str, ...]
 
 
@@ -133,6 +134,7 @@ def generate_video_sync(
         plan=plan,
         sections=decoder.sections,
         tiled_decode=decoder.tiled,
+        shift=math.exp(schedule_mu(models, request, (plan.window, *conditioning.start_latent.shape[-2:]))),
         warnings=conditioning.warnings,
     )
 
