@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -282,6 +283,8 @@ def measured_rows(options: argparse.Namespace, asked: set[str]) -> list[Row]:
 
     with tempfile.TemporaryDirectory() as folder:
         demo = OfficialDemo(options.official, twins(models), Path(folder)) if options.official else None
+        if demo:
+            print(f"the official code attends by {demo.attention}", flush=True)
         video = KeptVideo(Path(folder) / "ours.mp4")
         worker = Worker(lambda: models, deliver=video)
         calls = one_evaluation(models, demo and demo.transformer, options.window)
@@ -323,7 +326,7 @@ def measured_rows(options: argparse.Namespace, asked: set[str]) -> list[Row]:
 
 def machine() -> str:
     card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "a CPU"
-    return f"{card}, torch {torch.__version__}"
+    return ", ".join([card, *(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))])
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from diffusers_helper.memory import GB
 Make = Callable[[], Any]  # makes one of the demo's models; given the official class for the transformer
 
 ENCODERS = ("encode_prompt_conds", "vae_encode", "hf_clip_vision_encode")
+ATTENTION = {"sageattn": "sageattention", "flash_attn_func": "flash-attn", "xformers_attn_func": "xformers"}
 
 
 def twins(models: Models) -> dict[str, Callable[..., Any]]:
@@ -112,6 +113,7 @@ class OfficialDemo:
             self._demo = _imported(checkout, models, self._device)
         self._demo.outputs_folder = str(folder)
         self.transformer: nn.Module = self._demo.transformer
+        self.attention = _attention_of(self.transformer)
 
     def run(self, image: np.ndarray, fields: dict) -> TimedJob:
         """`worker` on (H, W, 3) uint8 and our request's fields. Raises RuntimeError with what it printed."""
@@ -249,6 +251,12 @@ def _imported(checkout: Path, models: dict[str, Callable[..., Any]], device: tor
                 undo.enter_context(patch.object(owner, name, _Given(make)))
         spec.loader.exec_module(demo)
     return demo
+
+
+def _attention_of(transformer: nn.Module) -> str:
+    """It takes the first of these packages that is installed, else torch's own."""
+    found = vars(type(transformer))["forward"].__globals__
+    return next((name for function, name in ATTENTION.items() if found.get(function)), "torch's SDPA")
 
 
 class _Given:
