@@ -299,10 +299,10 @@ def measured_rows(options: argparse.Namespace, asked: set[str]) -> list[Row]:
             ours, official = [], []
             for _ in range(options.jobs):
                 ours.append(run_ours(worker, fields | changed))
-                print("ours:", json.dumps(vars(ours[-1])), flush=True)
+                print("ours:", line(ours[-1]), flush=True)
                 if demo:
                     official.append(demo.run(image, fields | changed))
-                    print("official:", json.dumps(vars(official[-1])), flush=True)
+                    print("official:", line(official[-1]), flush=True)
             return ours, official
 
         print("warming up", flush=True)
@@ -322,6 +322,11 @@ def measured_rows(options: argparse.Namespace, asked: set[str]) -> list[Row]:
             mp4 = floors.ffmpeg_alone(video.path, WIDTH, HEIGHT, options.crf)
             rows.append(job_row(f"{seconds}, TeaCache", ours, official, fields, floor, mp4))
         return rows
+
+
+def line(job: TimedJob) -> str:
+    """On one line, to the millisecond."""
+    return json.dumps(json.loads(json.dumps(vars(job)), parse_float=lambda text: round(float(text), 3)))
 
 
 def machine() -> str:

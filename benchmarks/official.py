@@ -5,9 +5,9 @@ kept in this repository. It runs with the libraries installed here, not with the
 its models on the GPU, as it does by itself with over 60 GB free.
 
 What is not its own: `gradio` is an empty stand-in; so is `cv2`, and `torchvision` has a `write_video` over
-the same ffmpeg as ours, where they are missing; the tokenizers are read as ours are (docs/imp_memo.md,
-Parity). Without a GPU its memory module, which cannot be imported there, is a stand-in too, and the half
-precisions it names are float32, as ours are there.
+the same ffmpeg as ours, where they, or PyAV, are missing; the tokenizers are read as ours are
+(docs/imp_memo.md, Parity). Without a GPU its memory module, which cannot be imported there, is a stand-in
+too, and the half precisions it names are float32, as ours are there.
 """
 
 import copy
@@ -40,13 +40,14 @@ from benchmarks.timed_job import TimedJob
 from core.pipeline import Models
 from diffusers_helper.memory import GB
 
-Make = Callable[[], Any]  # makes one of the demo's models; given the official class for the transformer
+# by the name of the class that the demo loads it with; the transformer's is given the official class
+Makers = dict[str, Callable[..., Any]]
 
 ENCODERS = ("encode_prompt_conds", "vae_encode", "hf_clip_vision_encode")
 ATTENTION = {"sageattn": "sageattention", "flash_attn_func": "flash-attn", "xformers_attn_func": "xformers"}
 
 
-def twins(models: Models) -> dict[str, Callable[..., Any]]:
+def twins(models: Models) -> Makers:
     """What makes the official demo's models of ours: modules of their own, sharing every weight."""
 
     def vae() -> nn.Module:
@@ -73,7 +74,7 @@ def twins(models: Models) -> dict[str, Callable[..., Any]]:
     }
 
 
-def from_disk(folder: Path) -> dict[str, Callable[..., Any]]:
+def from_disk(folder: Path) -> Makers:
     """What loads the official demo's models from `folder`, in the dtypes it asks for."""
     folder = folder.resolve()
     gpu = torch.cuda.is_available()
@@ -101,7 +102,7 @@ class OfficialDemo:
     `folder` gets what it writes.
     """
 
-    def __init__(self, checkout: Path, models: dict[str, Callable[..., Any]], folder: Path) -> None:
+    def __init__(self, checkout: Path, models: Makers, folder: Path) -> None:
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         checkout, folder = checkout.resolve(), folder.resolve()
         with (
@@ -110,7 +111,7 @@ class OfficialDemo:
             chdir(folder),
             redirect_stdout(io.StringIO()),
         ):
-            self._demo = _imported(checkout, models, self._device)
+            self._demo = _imported(checkout, models)
         self._demo.outputs_folder = str(folder)
         self.transformer: nn.Module = self._demo.transformer
         self.attention = _attention_of(self.transformer)
@@ -231,7 +232,7 @@ class _StageClock:
             hook.remove()
 
 
-def _imported(checkout: Path, models: dict[str, Callable[..., Any]], device: torch.device) -> ModuleType:
+def _imported(checkout: Path, models: Makers) -> ModuleType:
     """Its module, which loads its models, and would open its window, as it is imported."""
     spec = importlib.util.spec_from_file_location("official_demo", checkout / "demo_gradio.py")
     demo = importlib.util.module_from_spec(spec)
@@ -262,7 +263,7 @@ def _attention_of(transformer: nn.Module) -> str:
 class _Given:
     """Stands where a class was imported from; its `from_pretrained` gives what it was told to."""
 
-    def __init__(self, make: Make) -> None:
+    def __init__(self, make: Callable[[], Any]) -> None:
         self._make = make
 
     def from_pretrained(self, *_: Any, **__: Any) -> Any:
@@ -323,13 +324,12 @@ def _stand_ins() -> dict[str, ModuleType]:
     if importlib.util.find_spec("cv2") is None:
         modules["cv2"] = ModuleType("cv2")
     try:
-        missing = not hasattr(importlib.import_module("torchvision.io"), "write_video")
+        io_of_torchvision = importlib.import_module("torchvision.io")
     except ImportError:
-        missing = True
-    if missing:
         modules["torchvision"] = ModuleType("torchvision")
-        modules["torchvision"].io = ModuleType("torchvision.io")
-        modules["torchvision"].io.write_video = _write_video
+        io_of_torchvision = modules["torchvision"].io = ModuleType("torchvision.io")
+    if not hasattr(io_of_torchvision, "write_video") or importlib.util.find_spec("av") is None:
+        io_of_torchvision.write_video = _write_video
     if not torch.cuda.is_available():
         modules["diffusers_helper.memory"] = _memory_of_a_cpu()
     return modules
