@@ -12,7 +12,8 @@ from client.errors import CancelledError, ClientError, JobError, SaveError, Time
 from client.interrupt import HeldInterrupt
 from client.options import check_options, default_output, parse_options
 from client.request import build_request
-from client.saving import Download, check_destination, save_preview, save_video
+from client.files import SUFFIXES
+from client.saving import Download, check_destination, save_preview, save_video, videos_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,13 +96,29 @@ def deliver(job: Job, path: Path, options: argparse.Namespace, display: Display)
     """Save a finished job's video. Raises JobError, TimedOutError, SaveError or CancelledError."""
     check_completed(job)
     download = Download(options.poll_interval, display.note, display.received, options.local is not None)
+    content_type = job.output.get("content_type") if isinstance(job.output, dict) else None
+    if options.output is None and content_type in SUFFIXES:
+        path = path.with_suffix(SUFFIXES[content_type])
+    videos = videos_of(job.output, path)
     try:
-        save_video(job.output, path, options.force, download)
+        for reply, place in videos:
+            save_video(reply, content_type, place, options.force, download)
     except KeyboardInterrupt:
         raise CancelledError("Interrupted; the job is done.", resumable=True) from None
-    display.saved(path, job)
-    output = {name: value for name, value in job.output.items() if name != "video_base64"}
-    return job.reply | {"output": output, "saved": str(path)}
+    places = [place for _, place in videos]
+    display.saved(places, job)
+    return job.reply | {
+        "output": without_files(job.output),
+        "saved": [*map(str, places)] if "outputs" in job.output else str(path),
+    }
+
+
+def without_files(output: dict) -> dict:
+    """A reply without what would fill a screen."""
+    told = {name: value for name, value in output.items() if name not in ("video_base64", "poster_base64")}
+    if isinstance(told.get("outputs"), list):
+        told["outputs"] = [without_files(entry) for entry in told["outputs"] if isinstance(entry, dict)]
+    return told
 
 
 def check_completed(job: Job) -> None:
