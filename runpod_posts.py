@@ -187,7 +187,7 @@ def _without_video(job_data: dict, job_id: str, problem: str) -> dict:
 
 
 def _elsewhere(reply: dict, job_id: str, content_type: str | None) -> dict:
-    """The reply, or one output of it, with a URL in place of the inlined video. Raises WorkerError, OSError."""
+    """A reply or one output, with a URL in place of an inlined video. Raises WorkerError or OSError."""
     if "video_base64" not in reply:
         return reply
     rest = {name: value for name, value in reply.items() if name != "video_base64"}

@@ -109,11 +109,10 @@ class Display:
             self._console.print(printable(sentence))
         self._noted = sentence
 
-    def saved(self, paths: list[Path], job: Job) -> None:
+    def saved(self, videos: list[tuple[dict, Path]], job: Job) -> None:
         """The videos' figures, the worker's warnings and the timing table."""
         self._stop()  # or the bar would come below them
-        outputs = job.output["outputs"] if "outputs" in job.output else [job.output]
-        for path, output in zip(paths, outputs, strict=True):
+        for output, path in videos:
             told = job.output | output
             facts = [f"{path.stat().st_size / 1e6:.2f} MB"]
             facts += [fact.format_map(told) for fact, names in FACTS if names <= told.keys()]

@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from client.errors import SaveError
 
@@ -15,10 +15,15 @@ SUFFIXES = {
 FORMATS = {"mp4": ".mp4", "webm": ".webm", "gif": ".gif", "png_sequence": ".zip"}
 
 
-def check_whole(file: BinaryIO, content_type: str) -> None:
+def suffix_of(content_type: Any) -> str:
+    """What the worker calls a video, whatever it says, is an MP4 unless it is known to be something else."""
+    return SUFFIXES.get(content_type, ".mp4") if isinstance(content_type, str) else ".mp4"
+
+
+def check_whole(file: BinaryIO, content_type: Any) -> None:
     """Raises SaveError unless the file is a whole one of its kind."""
-    check = {"video/webm": _check_webm, "image/gif": _check_gif, "application/zip": _check_zip}
-    check.get(content_type, _check_mp4)(file)
+    checks = {".mp4": _check_mp4, ".webm": _check_webm, ".gif": _check_gif, ".zip": _check_zip}
+    checks[suffix_of(content_type)](file)
 
 
 def _check_webm(file: BinaryIO) -> None:

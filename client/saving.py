@@ -35,17 +35,23 @@ def check_destination(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} cannot be written ({error.strerror}).") from None
 
 
+def places(path: Path, count: int) -> list[Path]:
+    """Where so many videos go: to `path`, or beside it with their numbers where there are several."""
+    return [path.with_stem(f"{path.stem}-{number + 1}") for number in range(count)] if count > 1 else [path]
+
+
 def videos_of(output: Any, path: Path) -> list[tuple[dict, Path]]:
-    """A finished job's reply → its videos and where each goes: to `path`, or numbered where there are several."""
+    """A finished job's reply → what it says of each video, and where that goes."""
     reply = output if isinstance(output, dict) else {}
     outputs = reply.get("outputs")
-    if not isinstance(outputs, list):
+    if not isinstance(outputs, list) or not outputs:
         return [(reply, path)]
-    entries = [output if isinstance(output, dict) else {} for output in outputs]
-    return [(entry, path.with_stem(f"{path.stem}-{number}")) for number, entry in enumerate(entries, 1)]
+    entries = [entry if isinstance(entry, dict) else {} for entry in outputs]
+    # as the job was asked for, that the names do not depend on how many there came to be
+    return [*zip(entries, places(path, max(2, len(entries))), strict=False)]
 
 
-def save_video(reply: dict, content_type: str, path: Path, overwrite: bool, download: "Download") -> None:
+def save_video(reply: dict, content_type: Any, path: Path, overwrite: bool, download: "Download") -> None:
     """Write one video of a finished job's reply. Raises SaveError; then there is no file."""
     inline, url = reply.get("video_base64"), reply.get("video_url")
     with _whole_file(path, overwrite) as file:
@@ -60,12 +66,12 @@ def save_video(reply: dict, content_type: str, path: Path, overwrite: bool, down
         check_whole(file, content_type)
 
 
-def save_preview(jpeg_base64: str, path: Path) -> None:
-    """Put a preview in the place of the last one. Raises SaveError."""
-    jpeg = _decoded(jpeg_base64, "The preview")
+def save_jpeg(jpeg_base64: str, path: Path, what: str, overwrite: bool) -> None:
+    """Write a preview or a poster. Raises SaveError."""
+    jpeg = _decoded(jpeg_base64, what)
     if not jpeg.startswith(b"\xff\xd8\xff"):
-        raise SaveError("The preview is not a JPEG.")
-    with _whole_file(path, overwrite=True) as file:
+        raise SaveError(f"{what} is not a JPEG.")
+    with _whole_file(path, overwrite) as file:
         file.write(jpeg)
 
 

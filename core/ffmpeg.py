@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import os
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -79,12 +80,15 @@ class FfmpegWriter:
             command += GIF
         else:
             encoder, options = ENCODERS[codec]
+            if encoder == "libsvtav1":
+                crf = max(crf, 1)  # ffmpeg takes 0 for "not given" there, and the encoder then takes 35
             command += ["-an", "-vcodec", encoder, "-pix_fmt", "yuv420p", "-crf", str(crf), *options]
             command += CONTAINERS[format]
         self._process = subprocess.Popen(
             [*command, "-v", "error", str(path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
+            env=os.environ | {"SVT_LOG": "1"},  # errors only, as -v error does not tell SVT-AV1
             process_group=0,  # a Ctrl-C at a terminal is the worker's to handle
         )
 

@@ -32,6 +32,13 @@ DEFAULTS = {
     "preview": False,
     "model": None,
     "resolution": None,
+    "format": "mp4",
+    "codec": None,
+    "fps": 30,
+    "poster": False,
+    "embed_parameters": True,
+    "exact_length": False,
+    "num_outputs": 1,
 }
 
 BUCKET = {
@@ -67,6 +74,8 @@ WHOLE_BOUNDS = {
     "steps": (1, 100),
     "mp4_crf": (0, 51),
     "resolution": (256, 960),
+    "fps": (1, 120),
+    "num_outputs": (1, 4),
 }
 REAL_BOUNDS = {
     "total_second_length": (1, 120),
