@@ -139,10 +139,12 @@ class _Job:
                     self.check_cancelled,
                     turn.taken + len(poster),
                 )
+            inline_bytes = len(poster)
+            if "video_base64" in delivered:
+                inline_bytes += video.path.stat().st_size
         warnings = _warnings(self.request, video, self.models, self.settings, retried)
         if note := delivered.pop("delivery_warning", None):
             warnings.append(note)
-        inlined_bytes = len(poster) + len(delivered.get("video_base64", "")) * 3 // 4
         if poster:
             delivered["poster_base64"] = base64.b64encode(poster).decode("ascii")
         reply = delivered | {
@@ -152,7 +154,7 @@ class _Job:
             "sections": video.sections,
             "partial": video.sections < len(video.plan.sections),
         }
-        return Made(video, reply, inlined_bytes, warnings, retried, turn.timer)
+        return Made(video, reply, inline_bytes, warnings, retried, turn.timer)
 
 
 def _reply(
