@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from core.errors import RequestError
+from core.file_format import check_file
 
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 4000
@@ -112,7 +113,9 @@ class VideoRequest(BaseModel):
         6.0, "GB of GPU memory kept free of weights while sampling; acts only in swap mode.", ge=0, le=128
     )
     use_teacache: bool = _field(True, "Skip steps that would hardly change the result (about 2× faster).")
-    mp4_crf: Whole = _field(16, "H.264 quality: 0 is lossless, lower is better and larger.", ge=0, le=51)
+    mp4_crf: Whole = _field(
+        16, "The codec's CRF: lower is better and larger; 0 is lossless in H.264.", ge=0, le=51
+    )
     output: Literal["auto", "base64", "url"] = _field(
         "auto", "How the video is returned; auto inlines what fits and uploads the rest."
     )
@@ -163,6 +166,28 @@ class VideoRequest(BaseModel):
         le=2,
     )
 
+    format: Literal["mp4", "webm", "gif", "png_sequence"] = _field(
+        "mp4", "Kind of file; png_sequence is a zip of PNGs."
+    )
+    codec: Literal["h264", "h265", "vp9", "av1"] | None = _field(
+        None, "h264, h265 or av1 in an mp4, vp9 or av1 in a webm; null is the first of them."
+    )
+    fps: Whole = _field(
+        30,
+        "Frames per second that the file is played at. The model makes 30 per second of motion whatever it "
+        "is: another value changes pace and duration.",
+        ge=1,
+        le=120,
+    )
+    poster: bool = _field(False, "Return the first frame as a JPEG, too.")
+    embed_parameters: bool = _field(
+        True, "Write the request, without its image, into the file (`python -m core.reproduce` reads it)."
+    )
+    exact_length: bool = _field(
+        False, "Cut the end off at round(30 · total_second_length) frames, instead of whole sections."
+    )
+    num_outputs: Whole = _field(1, "Videos to make, with the seeds seed, seed + 1 and so on.", ge=1, le=4)
+
     @property
     def cache_kind(self) -> str:
         """`cache`, or what `use_teacache` says in its place."""
@@ -203,6 +228,7 @@ def parse_request(data: Any) -> VideoRequest:
     except ValidationError as error:
         raise RequestError(_sentence(error)) from None
     _check_shift(request)
+    check_file(request.format, request.codec, request.fps)
     return _with_one_cache(request)
 
 

@@ -287,17 +287,21 @@ def models(monkeypatch) -> SimpleNamespace:
 
     def conditioning(models, image, *_):
         height, width, _ = image.shape
-        return SimpleNamespace(start_latent=torch.randn(1, 16, 1, height // 8, width // 8), warnings=())
+        start_latent = torch.randn(1, 16, 1, height // 8, width // 8)
+        return SimpleNamespace(
+            start_latent=start_latent, warnings=(), for_seed=lambda _: conditioning(0, image)
+        )
 
-    def save(clips, path, fps, crf):
+    def save(clips, path, file):
         path.write_bytes(b"video")
         return 25
 
-    decoder = SimpleNamespace(sections=1, tiled=False, clips=lambda: [])
+    frame = torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8)
+    decoder = SimpleNamespace(sections=1, tiled=False, clips=lambda: [frame])
     monkeypatch.setattr("core.pipeline.encode_conditioning", conditioning)
     monkeypatch.setattr("core.pipeline.sample_sections", lambda *_, **__: [])
     monkeypatch.setattr("core.pipeline.VideoDecoder", lambda *_, **__: decoder)
-    monkeypatch.setattr("core.pipeline.save_bcthw_as_mp4", save)
+    monkeypatch.setattr("core.pipeline.save_video", save)
     monkeypatch.setattr("core.job.memory.release_unused_memory", lambda device: None)  # collects garbage
     monkeypatch.delenv("RUNPOD_WEBHOOK_POST_OUTPUT", raising=False)
     return SimpleNamespace(

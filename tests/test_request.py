@@ -37,6 +37,13 @@ DEFAULTS = {
     "cache": None,
     "cache_threshold": None,
     "cache_order": 0,
+    "format": "mp4",
+    "codec": None,
+    "fps": 30,
+    "poster": False,
+    "embed_parameters": True,
+    "exact_length": False,
+    "num_outputs": 1,
 }
 
 BUCKET = {
@@ -73,6 +80,8 @@ WHOLE_BOUNDS = {
     "mp4_crf": (0, 51),
     "resolution": (256, 960),
     "cache_order": (0, 2),
+    "fps": (1, 120),
+    "num_outputs": (1, 4),
 }
 REAL_BOUNDS = {
     "total_second_length": (1, 120),
@@ -336,7 +345,7 @@ def test_two_caches_at_once(use_teacache, cache):
     )
 
 
-NULLABLE = ("seed", "model", "resolution", "timeout_s", "s3_config", "cache", "cache_threshold")
+NULLABLE = ("seed", "model", "resolution", "timeout_s", "s3_config", "cache", "cache_threshold", "codec")
 
 
 @pytest.mark.parametrize("name", [name for name in DEFAULTS if name not in NULLABLE])
