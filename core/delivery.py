@@ -1,4 +1,4 @@
-"""A finished MP4 → what the caller gets, so that no result is lost.
+"""A finished file → what the caller gets, so that no result is lost.
 
 RunPod drops a result over 10 MB (`/run`) or 20 MB (`/runsync`) without a word, so a video that is too
 large to inline goes to object storage, and where there is none, or it fails, to the network volume.
@@ -18,6 +18,7 @@ from pathlib import Path
 from core.deadline import Deadline
 from core.errors import ResultTooLargeError, TimeLimitError, UploadError, UrlRefusedError, WorkerError
 from core.fetch import guard_client
+from core.file_format import FORMATS, LATENTS, content_type_of
 from core.guard import check_url
 from core.latent_store import keep_latents
 from core.request import VideoRequest
@@ -25,8 +26,6 @@ from core.settings import Settings
 
 log = logging.getLogger(__name__)
 
-CONTENT_TYPE = "video/mp4"
-FILES = {".mp4": ("video", CONTENT_TYPE), ".safetensors": ("latents", "application/octet-stream")}
 MB = 1_000_000
 PART_BYTES = 8 * 1024 * 1024  # one part in memory at a time, whatever the video's size
 MAX_ATTEMPTS = 4  # of each request, with exponential backoff
@@ -36,7 +35,7 @@ POLL_S = 0.05  # between looks at a running upload
 _CODE = re.compile(r"[A-Za-z0-9._-]{1,64}")  # what a stranger's storage says goes into a sentence and a log
 
 CheckCancelled = Callable[[], None]
-Deliver = Callable[[Path, str, VideoRequest, CheckCancelled], dict]
+Deliver = Callable[[Path, str, VideoRequest, CheckCancelled, int], dict]
 
 
 @dataclass(frozen=True)
@@ -86,16 +85,22 @@ class Delivery:
     settings: Settings
 
     def __call__(
-        self, path: Path, job_id: str, request: VideoRequest, check_cancelled: CheckCancelled
+        self,
+        path: Path,
+        job_id: str,
+        request: VideoRequest,
+        check_cancelled: CheckCancelled,
+        taken: int = 0,
     ) -> dict:
-        """The reply's video fields for the MP4 at `path`: `video_base64`, or `video_url` with `expires_at`.
+        """The reply's video fields for the file at `path`: `video_base64`, or `video_url` with `expires_at`.
 
-        `request.output` decides: `auto` inlines what fits, `base64` never uploads, `url` always does. A
+        `request.output` decides: `auto` inlines what fits beside the `taken` bytes that the reply holds
+        already, `base64` never uploads, `url` always does. A
         failed upload is logged and falls back to base64 where the video fits. Raises ResultTooLargeError or
         UploadError, with `video_path` where the video was kept on the network volume, or CancelledError.
         """
         size = path.stat().st_size
-        fits = size <= self.settings.inline_limit_mb * MB
+        fits = size + taken <= self.settings.inline_limit_mb * MB
         output, bucket = request.output, Bucket.of(self.settings, request)
         if fits and output != "url":
             return inlined(path) | _inert(request)
@@ -115,10 +120,12 @@ class Delivery:
         kept = self.kept(path, job_id)
         if failure is not None:
             raise failure.with_details(**kept)
+        beside = f" beside the {taken / MB:.1f} MB that are in the reply" if taken else ""
+        smaller = "raise `mp4_crf`" if FORMATS[request.format].codecs else "take another `format`"
         raise ResultTooLargeError(
             f"The video has {size / MB:.1f} MB and at most {self.settings.inline_limit_mb:g} MB can be "
-            "returned inline; give object storage (`s3_config`, or the worker's BUCKET_NAME) or raise "
-            "`mp4_crf`."
+            f"returned inline{beside}; give object storage (`s3_config`, or the worker's BUCKET_NAME) or "
+            f"{smaller}."
         ).with_details(**kept)
 
     def latents(
@@ -150,13 +157,13 @@ class Delivery:
             "object storage took them, no network volume has room, and they do not fit the reply."
         }
 
-    def rescued(self, video: bytes, job_id: str) -> dict:
+    def rescued(self, video: bytes, job_id: str, suffix: str = ".mp4") -> dict:
         """As above, for a video whose inline reply the platform refused: by URL, else on the volume.
 
         Raises WorkerError, with `video_path` where the video was kept on the volume after a failed upload.
         """
         with tempfile.TemporaryDirectory(prefix="framepack-") as folder:
-            path = Path(folder) / "video.mp4"
+            path = Path(folder) / f"video{suffix}"
             path.write_bytes(video)
             request = VideoRequest.model_construct(s3_config=None)
             if bucket := Bucket.of(self.settings, request):
@@ -188,9 +195,9 @@ class Delivery:
             upload.stop()
         if upload.error is not None:
             log.debug("upload failed", exc_info=upload.error)
+            what = "latents" if path.suffix == LATENTS.suffix else "video"
             raise UploadError(
-                f"The {FILES[path.suffix][0]} could not be uploaded to the bucket {bucket.name} "
-                f"({_reason(upload.error)})."
+                f"The {what} could not be uploaded to the bucket {bucket.name} ({_reason(upload.error)})."
             ) from upload.error
         expires = datetime.now(UTC) + timedelta(seconds=self.settings.url_expires_s)
         return {"video_url": upload.url, "expires_at": expires.isoformat(timespec="seconds")}
@@ -200,7 +207,7 @@ class Delivery:
         volume = self.settings.volume
         if volume is None:
             return {}
-        kept = volume / "framepack-results" / _file_name(job_id)
+        kept = volume / "framepack-results" / _file_name(job_id, path.suffix)
         try:
             kept.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, kept)
@@ -214,6 +221,12 @@ class Delivery:
 def inlined(path: Path, *_: object) -> dict:
     """The video as base64, whatever its size: for callers with no payload limit."""
     return {"video_base64": base64.b64encode(path.read_bytes()).decode("ascii")}
+
+
+def inlined_bytes(fields: dict) -> int:
+    """How many bytes a reply's fields hold, before base64."""
+    texts = [value for name, value in fields.items() if name.endswith("_base64")]
+    return sum(len(text) * 3 // 4 - text[-2:].count("=") for text in texts)
 
 
 def _inlined_latents(path: Path) -> dict:
@@ -284,7 +297,7 @@ class _Upload(threading.Thread):
                     file,
                     bucket.name,
                     self._key,
-                    ExtraArgs={"ContentType": FILES[self._path.suffix][1]},
+                    ExtraArgs={"ContentType": content_type_of(self._path)},
                     Config=TransferConfig(
                         multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, use_threads=False
                     ),

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 
 from core.errors import LatentsError, LatentsMismatchError
+from core.pipeline.caching import cache_threshold
 from core.pipeline.checkpoint import Checkpoint
 from core.pipeline.models import Models
 from core.pipeline.sections import plan_sections
@@ -45,6 +46,13 @@ FREE = {
     "preview",
     "return_latents",
     "resume_latents",
+    "format",
+    "codec",
+    "fps",
+    "poster",
+    "embed_parameters",
+    "exact_length",
+    "num_outputs",
 }
 
 
@@ -64,6 +72,8 @@ def job_of(request: VideoRequest, seed: int, models: Models, direction: str, sec
     for name in used.keys() & set(SECRETS):  # too large, or nobody's business
         used[name] = used[name] and _digest(json.dumps(used[name]).encode())
     return used | {
+        "cache": request.cache_kind,
+        "cache_threshold": cache_threshold(request),
         "seed": seed,
         "model": direction,
         "resolution": request.resolution or models.profile.resolution,
@@ -96,7 +106,7 @@ def write_latents(path: Path, checkpoint: Checkpoint, job: dict, digest: str) ->
 def most_bytes(request: VideoRequest, models: Models) -> int:
     """What the largest file may have that this request can go on from."""
     resolution = request.resolution or models.profile.resolution
-    plan = plan_sections(request.total_second_length, request.latent_window_size, "f1")
+    plan = plan_sections(request.total_second_length, request.latent_window_size, "f1", request.exact_length)
     pixels = resolution * resolution
     latent_frames = len(plan.sections) * plan.window + 1
     latent_frame = CHANNELS * pixels // 64 * torch.float32.itemsize

@@ -17,11 +17,13 @@ from pydantic import (
 )
 
 from core.errors import RequestError
+from core.file_format import check_file
 
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 4000
 MAX_LISTED_ERRORS = 3
 MAX_FIELDS = 10_000  # 20 MB of JSON hold two million; refused one by one they would take 2 GB
+MIN_SHIFT = 0.1  # below it all steps but the first are at nearly no noise
 MAX_SHOWN = 40  # characters of what the caller wrote
 
 
@@ -111,7 +113,9 @@ class VideoRequest(BaseModel):
         6.0, "GB of GPU memory kept free of weights while sampling; acts only in swap mode.", ge=0, le=128
     )
     use_teacache: bool = _field(True, "Skip steps that would hardly change the result (about 2× faster).")
-    mp4_crf: Whole = _field(16, "H.264 quality: 0 is lossless, lower is better and larger.", ge=0, le=51)
+    mp4_crf: Whole = _field(
+        16, "The codec's CRF: lower is better and larger; 0 is lossless in H.264.", ge=0, le=51
+    )
     output: Literal["auto", "base64", "url"] = _field(
         "auto", "How the video is returned; auto inlines what fits and uploads the rest."
     )
@@ -134,6 +138,56 @@ class VideoRequest(BaseModel):
         multiple_of=32,
     )
 
+    sampler: Literal["unipc_bh1", "unipc_bh2", "euler"] = _field(
+        "unipc_bh1", "How the steps are taken: UniPC with B(h) = h (the official one) or e^h − 1, or Euler."
+    )
+    shift: float = _field(
+        0.0,
+        "Shift of the noise schedule, 0.1 to 20: higher spends more of the steps on strong noise; 0 takes it "
+        "from the sequence length (7 at the official sizes).",
+        ge=0,
+        le=20,
+    )
+    cache: Literal["none", "teacache", "magcache", "firstblock"] | None = _field(
+        None, "What skips steps; null is teacache where use_teacache is true, else none."
+    )
+    cache_threshold: float | None = _field(
+        None,
+        "Estimated error up to which a step is skipped: higher is faster and further off, 0 skips none; "
+        "null is the cache's own (teacache 0.15, magcache 0.1, firstblock 0.06).",
+        ge=0,
+        le=1,
+    )
+    cache_order: Whole = _field(
+        0,
+        "How a skipped step's residual is estimated: 0 takes the last one, 1 and 2 extrapolate the last "
+        "two or three (TaylorSeer).",
+        ge=0,
+        le=2,
+    )
+
+    format: Literal["mp4", "webm", "gif", "png_sequence"] = _field(
+        "mp4", "Kind of file; png_sequence is a zip of PNGs."
+    )
+    codec: Literal["h264", "h265", "vp9", "av1"] | None = _field(
+        None, "h264, h265 or av1 in an mp4, vp9 or av1 in a webm; null is the first of them."
+    )
+    fps: Whole = _field(
+        30,
+        "Frames per second that the file is played at. The model makes 30 per second of motion whatever it "
+        "is: another value changes pace and duration.",
+        ge=1,
+        le=120,
+    )
+    poster: bool = _field(False, "Return the first frame as a JPEG, too.")
+    embed_parameters: bool = _field(
+        True, "Write the request, without its image, into the file (`python -m core.reproduce` reads it)."
+    )
+    exact_length: bool = _field(
+        False, "Cut the end off at round(30 · total_second_length) frames, instead of whole sections."
+    )
+    num_outputs: Whole = _field(1, "Videos to make, with the seeds seed, seed + 1 and so on.", ge=1, le=4)
+
     return_latents: bool = _field(
         False, "Return the latents so far as a safetensors file, which another job can go on from."
     )
@@ -144,6 +198,11 @@ class VideoRequest(BaseModel):
         min_length=1,
         repr=False,
     )
+
+    @property
+    def cache_kind(self) -> str:
+        """`cache`, or what `use_teacache` says in its place."""
+        return self.cache or ("teacache" if self.use_teacache else "none")
 
 
 SECRETS = ("input_image", "s3_config", "resume_latents")  # never shown or echoed
@@ -182,7 +241,36 @@ def parse_request(data: Any) -> VideoRequest:
         faults += error.errors(include_url=False)
     if faults:
         raise RequestError(_sentence(faults))
-    return request
+    _check_shift(request)
+    _check_resumed(request)
+    check_file(request.format, request.codec, request.fps)
+    return _with_one_cache(request)
+
+
+def _check_shift(request: VideoRequest) -> None:
+    if 0 < request.shift < MIN_SHIFT:
+        raise RequestError(
+            f"`shift` must be 0 (automatic) or at least {MIN_SHIFT:g} (got {_show(request.shift)})."
+        )
+
+
+def _check_resumed(request: VideoRequest) -> None:
+    if request.resume_latents and request.num_outputs > 1:
+        raise RequestError(
+            f"`num_outputs` must be 1 with `resume_latents` (got {request.num_outputs}): they have one seed."
+        )
+
+
+def _with_one_cache(request: VideoRequest) -> VideoRequest:
+    """With `use_teacache` as `cache` has it. Raises RequestError where both were given and differ."""
+    if request.cache is None or request.use_teacache == (request.cache == "teacache"):
+        return request
+    if "use_teacache" in request.model_fields_set:
+        raise RequestError(
+            f"`use_teacache` {_show(request.use_teacache)} and `cache` {request.cache} contradict each "
+            "other; give one of them."
+        )
+    return request.model_copy(update={"use_teacache": not request.use_teacache})
 
 
 def _absent(values: dict[str, Any]) -> list[dict]:

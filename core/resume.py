@@ -56,14 +56,15 @@ class Handover:
     check_cancelled: Callable[[], None]
     recorder: Recorder = field(default_factory=Recorder)
 
-    def deliver(self, beside: dict) -> dict:
-        """The reply's fields for the latents (`Delivery.latents`); with those of the video in `beside` they
-        share the limit on what is inlined. None before the first section is sampled."""
+    def deliver(self, taken: int = 0) -> dict:
+        """The reply's fields for the latents (`Delivery.latents`), none before the first section is sampled.
+
+        The limit on what is inlined holds for them and the `taken` bytes that are in the reply already.
+        """
         checkpoint = self.recorder.checkpoint
         if checkpoint is None or not self.request.return_latents:
             return {}
-        inlined = beside.get("video_base64", "")
-        room = self.settings.inline_limit_mb * MB - (len(inlined) * 3 // 4 - inlined[-2:].count("="))
+        room = self.settings.inline_limit_mb * MB - taken
         job = _job(self.request, self.seed, self.models)
         with tempfile.TemporaryDirectory(prefix="framepack-") as folder:
             path = Path(folder) / "latents.safetensors"
@@ -85,12 +86,14 @@ class Handover:
         except CancelledError:
             raise
         except WorkerError as error:
-            delivered = self.deliver(beside={})
+            delivered = self.deliver()
             delivered.pop("latents_warning", None)
             raise error.with_details(**delivered) from error.__cause__
 
 
 def _job(request: VideoRequest, seed: int, models: Models) -> dict:
     direction = request.model or models.profile.direction
-    plan = plan_sections(request.total_second_length, request.latent_window_size, direction)
+    plan = plan_sections(
+        request.total_second_length, request.latent_window_size, direction, request.exact_length
+    )
     return job_of(request, seed, models, direction, len(plan.sections))

@@ -1,7 +1,7 @@
 """Join decoded sections into one video, in either direction, keeping only the open edge in full precision."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -18,6 +18,15 @@ def crossfade(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Blend two overlapping clips (1, 3, T, H, W): linear from all `before` to all `after` over T frames."""
     weights = torch.linspace(1, 0, before.shape[2], dtype=before.dtype).view(1, 1, -1, 1, 1)
     return weights * before + (1 - weights) * after
+
+
+def first_frames(clips: Iterable[torch.Tensor], count: int) -> Iterator[torch.Tensor]:
+    """Consecutive clips (1, 3, T, H, W), cut off after `count` frames."""
+    for clip in clips:
+        if count <= 0:
+            return
+        yield clip[:, :, :count]
+        count -= clip.shape[2]
 
 
 class SectionJoiner:

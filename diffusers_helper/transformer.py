@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 
-from diffusers_helper.teacache import TeaCache
+from diffusers_helper.step_cache import StepCache
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
         pooled_projections: torch.Tensor,
         image_embeds: torch.Tensor,
         history: PackedHistory,
-        cache: TeaCache | None = None,
+        cache: StepCache | None = None,
     ) -> torch.Tensor:
         """Velocity (B, 16, T, h, w), in `proj_out`'s dtype, of latents `hidden_states` of that shape.
 
@@ -130,7 +130,7 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
         timestep: torch.Tensor,
         history: PreparedHistory,
         condition: PreparedCondition,
-        cache: TeaCache | None = None,
+        cache: StepCache | None = None,
     ) -> torch.Tensor:
         """As `forward`, from what was prepared."""
         batch, _, frames, height, width = latents.shape
@@ -138,18 +138,12 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
         temb, _ = self.time_text_embed(timestep, condition.pooled_projections, condition.guidance)
         context = self._context(timestep, condition)
 
-        if cache is None:
-            tokens = self._run_blocks(tokens, context, temb, history.rotary)
-        elif cache.should_compute(self.transformer_blocks[0].norm1(tokens, emb=temb)[0]):
-            output = self._run_blocks(tokens, context, temb, history.rotary)
-            cache.store(tokens, output)
-            tokens = output
-        else:
-            tokens = cache.apply(tokens)
-
         p = self.config.patch_size
         section_length = frames * (height // p) * (width // p)
-        tokens = self.norm_out(tokens[:, -section_length:], temb)
+        blocks = _Blocks(self, context, temb, history.rotary, section_length)
+        tokens = blocks.rest(tokens) if cache is None else cache.run(tokens, blocks)
+
+        tokens = self.norm_out(blocks.of_section(tokens), temb)
         tokens = self.proj_out(tokens.to(self.proj_out.weight.dtype))
         return (
             tokens.reshape(batch, frames, height // p, width // p, -1, 1, p, p)
@@ -165,13 +159,36 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
         text = self.context_embedder(condition.text, timestep, condition.text_mask)
         return torch.cat([condition.image_tokens, text[:, : condition.real_tokens]], dim=1)
 
-    def _run_blocks(
+
+class _Blocks:
+    """The transformer's blocks in one step (`diffusers_helper.step_cache.Blocks`)."""
+
+    def __init__(
         self,
-        tokens: torch.Tensor,
+        model: FramePackTransformer,
         context: torch.Tensor,
         temb: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
-            tokens, context = block(tokens, context, temb, None, rotary)
+        section_length: int,
+    ) -> None:
+        self._waiting = [*model.transformer_blocks, *model.single_transformer_blocks]
+        self._context = context  # each block renews it
+        self._temb, self._rotary, self._section_length = temb, rotary, section_length
+
+    def modulated(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._waiting[0].norm1(tokens, emb=self._temb)[0]
+
+    def first(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._run(1, tokens)
+
+    def rest(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._run(len(self._waiting), tokens)
+
+    def of_section(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[:, -self._section_length :]
+
+    def _run(self, count: int, tokens: torch.Tensor) -> torch.Tensor:
+        running, self._waiting = self._waiting[:count], self._waiting[count:]
+        for block in running:
+            tokens, self._context = block(tokens, self._context, self._temb, None, self._rotary)
         return tokens

@@ -2,29 +2,40 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoMidBlock3D
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from einops import rearrange
 from torch import nn
 
 
-@torch.no_grad()
-def encode_image(
-    image: np.ndarray, vae: AutoencoderKLHunyuanVideo, generator: torch.Generator, device: torch.device
-) -> torch.Tensor:
-    """(H, W, 3) uint8 → start latent (1, 16, 1, H/8, W/8), scaled, in the VAE's dtype.
+@dataclass(frozen=True)
+class ImagePosterior:
+    """What the VAE makes of an image: latents are drawn from it."""
 
-    The posterior is sampled with `generator`; the official code draws from the global one, so that its
-    start latent does not follow from the job's seed.
-    """
+    distribution: DiagonalGaussianDistribution
+    scaling_factor: float
+
+    def draw(self, generator: torch.Generator) -> torch.Tensor:
+        """Latent (1, 16, 1, H/8, W/8), scaled, in the VAE's dtype.
+
+        The official code draws from the global generator, so that its start latent does not follow from the
+        job's seed.
+        """
+        return self.distribution.sample(generator=generator) * self.scaling_factor
+
+
+@torch.no_grad()
+def encode_image(image: np.ndarray, vae: AutoencoderKLHunyuanVideo, device: torch.device) -> ImagePosterior:
+    """(H, W, 3) uint8 → the posterior of its latent."""
     pixels = torch.from_numpy(image.copy()).float() / 127.5 - 1
     pixels = pixels.permute(2, 0, 1)[None, :, None].to(device, vae.dtype)
-    latents = vae.encode(pixels).latent_dist.sample(generator=generator)
-    return latents * vae.config.scaling_factor
+    return ImagePosterior(vae.encode(pixels).latent_dist, vae.config.scaling_factor)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from PIL import Image
 
 import core.job
 from core.delivery import Delivery
+from core.embedding import NoParametersError, read_embedded
 from core.errors import (
     CancelledError,
     LatentsError,
@@ -44,6 +45,7 @@ def job_on(picture):
         "latent_window_size": 2,
         "steps": 10,  # enough for TeaCache to skip some
         "return_latents": True,
+        "embed_parameters": False,  # so that files are compared, not what they were asked for
     }
 
 
@@ -576,3 +578,33 @@ def test_one_of_image_and_latents_is_required():
         with pytest.raises(RequestError, match=r"^`input_image` is required\.$"):
             parse_request({"prompt": "x"} | fields)
     assert parse_request({"prompt": "x", "resume_latents": "y"}).input_image is None
+
+
+@pytest.mark.usefixtures("quick_decode")
+def test_each_of_several_outputs_has_its_latents(tiny_models, data):
+    data |= {"steps": 2, "seed": 5, "num_outputs": 2}
+    reply = run_job(data, tiny_models)
+    for number, output in enumerate(reply["outputs"]):
+        alone = again(data, output, num_outputs=1, seed=5 + number)
+        assert run_job(alone, tiny_models)["video_base64"] == output["video_base64"]
+
+
+def test_several_outputs_cannot_go_on_from_one_seed(tiny_models, data):
+    with pytest.raises(RequestError, match=r"^`num_outputs` must be 1 with `resume_latents` \(got 2\)"):
+        run_job(data | {"resume_latents": "a-handle", "num_outputs": 2}, tiny_models)
+
+
+@pytest.mark.usefixtures("quick_decode")
+@pytest.mark.parametrize("cache", [{"cache": "teacache"}, {"use_teacache": True}, {"cache_threshold": 0.15}])
+def test_a_cache_may_be_asked_for_in_other_words(tiny_models, data, latents, cache):
+    assert run_job(again(data, latents, steps=1) | cache, tiny_models)["resumed_sections"] == 4
+
+
+@pytest.mark.usefixtures("quick_decode")
+def test_a_file_without_the_image_has_no_parameters_in_it(tiny_models, data, latents, tmp_path):
+    """They would name no image, and make nothing again."""
+    reply = run_job(again(data, latents, steps=1, embed_parameters=True), tiny_models)
+    path = tmp_path / "video.mp4"
+    path.write_bytes(base64.b64decode(reply["video_base64"]))
+    with pytest.raises(NoParametersError):
+        read_embedded(path)

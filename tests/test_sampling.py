@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.pipeline.sampling import _scaled
+from diffusers_helper.samplers import SAMPLERS
 from diffusers_helper.schedule import shifted_sigmas
 from diffusers_helper.unipc import sample_unipc
 
@@ -65,7 +66,7 @@ def test_a_step_asks_nothing_of_the_device(monkeypatch, make_video):
 
         return sample_unipc(watched_denoise, *args)
 
-    monkeypatch.setattr("core.pipeline.sampling.sample_unipc", watched)
+    monkeypatch.setitem(SAMPLERS, "unipc_bh1", watched)
     make_video(cfg=2.0)
     assert len(seen) == 2 * STEPS
     for operations in seen:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from core.errors import ModelError
-from core.pipeline import weights
+from core.pipeline import magnitudes, weights
 from core.pipeline.profiles import Direction, ModelProfile, Source, load_profile
 from core.settings import Settings
 from diffusers_helper import memory
@@ -41,7 +41,8 @@ class Models:
     """All models of one worker. One job at a time may use them.
 
     Attributes are the hub folders' names: tokenizer, text_encoder, tokenizer_2, text_encoder_2, vae,
-    feature_extractor, image_encoder; `transformer` is the one for `direction`.
+    feature_extractor, image_encoder; `transformer` is the one for `direction`, `magnitudes` are its curves
+    for MagCache.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Models:
         attend_framewise(self.vae)
         self.image_encoder = _load_weights(SiglipVisionModel, redux / "image_encoder", dtype=half)
         self.direction: Direction = profile.direction
+        self.magnitudes: magnitudes.Curves = {}
         self.transformer: FramePackTransformer | None = self._load_transformer(transformer)
 
         self.memory_mode = ""
@@ -160,6 +162,7 @@ class Models:
     def _load_transformer(self, folder: Path) -> FramePackTransformer:
         model = _load_weights(FramePackTransformer, folder, torch_dtype=self.transformer_dtype)
         model.output_in_float32()
+        self.magnitudes = magnitudes.curves_of(folder, model.config)
         return model
 
 

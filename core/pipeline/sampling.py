@@ -1,10 +1,12 @@
 """The section loop: samples each section's latents from the history, and owns that history."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from core.pipeline.caching import NewCache, step_caches
 from core.pipeline.checkpoint import Checkpoint
 from core.pipeline.conditioning import Conditioning
 from core.pipeline.models import Models
@@ -12,11 +14,11 @@ from core.pipeline.sections import HISTORY, HISTORY_FRAMES, Section, SectionPlan
 from core.request import VideoRequest
 from core.timing import JobTimer
 from diffusers_helper.guidance import guided_velocity
+from diffusers_helper.samplers import SAMPLERS
 from diffusers_helper.schedule import flow_shift_mu, shifted_sigmas
-from diffusers_helper.teacache import TeaCache
+from diffusers_helper.step_cache import StepCache
 from diffusers_helper.text import PromptEmbeds
 from diffusers_helper.transformer import PackedHistory, PreparedCondition
-from diffusers_helper.unipc import sample_unipc
 
 TIMESTEPS = 1000.0  # the model's timestep is sigma · 1000, its guidance embedding likewise
 
@@ -42,12 +44,15 @@ def sample_sections(
     on_step: OnStep,
     preserved_gb: float,
     resumed: Checkpoint | None = None,
+    new_cache: NewCache | None = None,
 ) -> Iterator[SampledSection]:
     """Sample the plan's sections in order. All noise comes from one CPU generator seeded with `seed`.
 
     In swap mode `preserved_gb` of GPU memory are kept free of the transformer's weights. The first sections
-    come from `resumed`, as they were sampled then; the rest goes on with its generator.
+    come from `resumed`, as they were sampled then; the rest goes on with its generator. `new_cache` makes
+    other step caches than the request's. Raises RequestError where the model cannot have the request's.
     """
+    new_cache = new_cache or step_caches(request, models.direction, models.magnitudes)
     generator = torch.Generator("cpu").manual_seed(seed)
     known = resumed.sections if resumed else ()
     if resumed:
@@ -72,7 +77,9 @@ def sample_sections(
                 timer.section_span("sample"),
                 models.on_device("transformer", preserved_gb=preserved_gb),
             ):
-                latents = _sample(models, noise, packed, conditioning, request, section, timer, on_step).cpu()
+                latents = _sample(
+                    models, noise, packed, conditioning, request, section, timer, on_step, new_cache
+                ).cpu()
 
         new = torch.cat([start, latents], dim=2) if section.adds_start else latents
         if forward:
@@ -122,20 +129,18 @@ def _sample(
     section: Section,
     timer: JobTimer,
     on_step: OnStep,
+    new_cache: NewCache,
 ) -> torch.Tensor:
     device, dtype = models.device, models.transformer_dtype
-    _, _, frames, height, width = noise.shape
-    p = models.transformer.config.patch_size
-    mu = flow_shift_mu(frames * (height // p) * (width // p))
-    sigmas = shifted_sigmas(request.steps, mu)
+    sigmas = shifted_sigmas(request.steps, schedule_mu(models, request, noise.shape))
 
     guided = request.cfg != 1
     transformer = models.transformer
     history = transformer.prepare_history(packed)
     positive = _prepare(models, conditioning.positive, conditioning, request.gs)
     negative = _prepare(models, conditioning.negative, conditioning, request.gs) if guided else None
-    positive_cache = TeaCache(request.steps) if request.use_teacache else None
-    negative_cache = TeaCache(request.steps) if request.use_teacache and guided else None
+    levels = sigmas[:-1].tolist()
+    positive_cache, negative_cache = new_cache(levels), new_cache(levels)
 
     def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
         x = x.to(dtype)  # the official wrapper rounds x first and takes x0 from the rounded x
@@ -150,12 +155,29 @@ def _sample(
         timer.step_done()
         on_step(section, i + 1, x0)
 
-    latents = sample_unipc(denoise, noise.to(device), sigmas, after_step)
+    latents = SAMPLERS[request.sampler](denoise, noise.to(device), sigmas, after_step)
     timer.sections[-1] |= {
         "steps": request.steps,
-        "steps_computed": positive_cache.computed if positive_cache else request.steps,
+        "steps_computed": steps_computed(request.steps, positive_cache, negative_cache),
     }
     return latents
+
+
+def schedule_mu(models: Models, request: VideoRequest, shape: Sequence[int]) -> float:
+    """mu of the noise schedule for a section's latents of `shape`: the log of the request's shift, or from
+    the sequence length."""
+    if request.shift:
+        return math.log(request.shift)
+    *_, frames, height, width = shape
+    p = models.transformer.config.patch_size
+    return flow_shift_mu(frames * (height // p) * (width // p))
+
+
+def steps_computed(steps: int, *caches: StepCache | None) -> int:
+    """In how many steps a guidance pass ran the model's blocks. A pass that was not run has computed none."""
+    if None in caches:
+        return steps
+    return len({step for cache in caches for step in cache.computed})
 
 
 def _prepare(
