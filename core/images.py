@@ -29,13 +29,19 @@ def _no_urls(url: str, max_bytes: int) -> bytes:
     raise ImageError("An image cannot be given as a URL here.")
 
 
-def decode_image(text: str, fetch: Fetch = _no_urls, name: str = "The input image") -> np.ndarray:
+def decode_image(
+    text: str,
+    fetch: Fetch = _no_urls,
+    name: str = "The input image",
+    on_file: Callable[[bytes], None] = lambda data: None,
+) -> np.ndarray:
     """Decode one of the request's images: first frame, upright by EXIF, transparency on white.
 
-    Raises ImageError or ImageTooLargeError with the sentence for the caller, which begins with the image's
-    `name`, or what `fetch` raises.
+    `on_file` is shown the image's file. Raises ImageError or ImageTooLargeError with the sentence for the
+    caller, which begins with the image's `name`, or what `fetch` raises.
     """
     data = fetch(text.strip(), MAX_BYTES) if _URL.match(text[:64]) else _decode_base64(text, name)
+    on_file(data)
     return _to_rgb(data, name)
 
 

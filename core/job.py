@@ -1,27 +1,38 @@
 """One job from JSON to JSON: the main path."""
 
+import base64
+import hashlib
 import logging
 import math
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from core.deadline import Deadline
-from core.delivery import CONTENT_TYPE, Deliver, inlined
+from core.delivery import Deliver, inlined, inlined_bytes
+from core.embedding import embedded
 from core.errors import OutOfMemoryError
 from core.fetch import fetch_url
+from core.ffmpeg import check_encoder
+from core.file_format import FORMATS, codec_of, inert_fields
 from core.images import Fetch, decode_image
-from core.keyframes import decode_keyframes
+from core.keyframes import Keyframe, decode_keyframes
+from core.latents import check_transformer
+from core.outputs import Failure, Made, Turn, all_warnings, make_outputs
 from core.pipeline import GeneratedVideo, Models, Report, frame_size, generate_video_sync
-from core.pipeline.sections import FPS
+from core.pipeline.caching import cache_threshold, step_caches
+from core.pipeline.checkpoint import Checkpoint
 from core.progress import Progress
 from core.request import MAX_SEED, VideoRequest, echo_of, parse_request
+from core.resume import Handover, open_saved
 from core.settings import Settings
 from core.timing import JobTimer
 from diffusers_helper import memory
@@ -43,88 +54,169 @@ def run_job(
 ) -> dict:
     """Make the video that `data`, a job's input, asks for. Returns the reply (docs/in_out_spec.md).
 
-    `deliver` turns the finished MP4 into the reply's video fields (core/delivery.py).
+    `deliver` turns a finished file into the reply's video fields (core/delivery.py).
     Raises WorkerError for whatever can be told to the caller; leaves no file behind and the models usable
     either way.
     """
     settings = settings or Settings()
     timer = JobTimer(wait=_gpu_wait(models.device), on_stage=_log_stage)
     request = parse_request(data)
+    check_encoder(codec_of(request.format, request.codec), request.format)
     deadline = Deadline(min(request.timeout_s or math.inf, settings.job_timeout_s))
     report(Progress())
     fetch = _fetcher(settings, deadline, check_cancelled)
+    image_file = hashlib.sha256()
+    image = saved = None
     with timer.span("input"):
-        image = decode_image(request.input_image, fetch)
+        if request.input_image:
+            image = decode_image(request.input_image, fetch, on_file=image_file.update)
+        if request.resume_latents:
+            saved = open_saved(request, image, models, settings, fetch)
+            image = saved.checkpoint.image
         size = frame_size(models, image, request)
         keyframes = decode_keyframes(request.sections, fetch, size, check_cancelled)
-    seed = random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
+    seed = saved.seed if saved else _seed(request)
     with timer.span("model_load"):
         models.use_direction(request.model or models.profile.direction)
+    if saved:
+        check_transformer(saved, models)
+    step_caches(request, models.direction, models.magnitudes)  # refuses what the model cannot have
     if models.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(models.device)
 
-    with ExitStack() as cleanup:
+    job = _Job(
+        models,
+        settings,
+        request,
+        image,
+        keyframes,
+        image_file.hexdigest() if request.input_image else None,
+        saved.checkpoint if saved else None,
+        job_id,
+        deadline,
+        check_cancelled,
+        deliver,
+    )
+    outputs, failure = make_outputs(job.make, seed, request.num_outputs, timer, report)
+    parameters = _parameters(request, seed, models, keyframes)
+    return _reply(request, models, seed, parameters, outputs, failure, timer)
 
-        def temporary_mp4(parent: Path | None = None) -> Path:
-            folder = tempfile.TemporaryDirectory(prefix="framepack-", dir=parent)
-            return Path(cleanup.enter_context(folder)) / "video.mp4"
 
-        def spare_mp4() -> Path:
-            """Elsewhere than where the encoding failed: on the volume, if there is one."""
-            return temporary_mp4(settings.volume)
+@dataclass(frozen=True)
+class _Job:
+    """All that its outputs have in common."""
 
-        output_filename = temporary_mp4()
+    models: Models
+    settings: Settings
+    request: VideoRequest
+    image: np.ndarray
+    keyframes: Mapping[int, Keyframe]  # by their places in the request's `sections`
+    image_sha256: str | None  # of the file; None where there is only a checkpoint's image
+    resumed: Checkpoint | None
+    job_id: str
+    deadline: Deadline
+    check_cancelled: Callable[[], None]
+    deliver: Deliver
 
-        def generate(frugal: bool = False) -> GeneratedVideo:
-            return generate_video_sync(
-                models,
-                image,
-                request,
-                output_filename,
-                keyframes=keyframes,
-                seed=seed,
-                timer=timer,
-                report=report,
-                check_cancelled=check_cancelled,
-                deadline=deadline,
-                frugal=frugal,
-                spare_filename=spare_mp4,
-            )
-
-        try:
-            video, retried = _with_memory_retry(models, timer, generate)
-        finally:
-            memory.release_unused_memory(models.device)
-        report(
-            Progress(
-                sections=video.sections,
-                steps=request.steps,
-                stage="deliver",
-                section=video.sections,
-                step=request.steps,
-            )
+    def make(self, turn: Turn) -> Made:
+        """One video, generated and delivered; its file is gone when this returns."""
+        handover = Handover(
+            self.request, turn.seed, self.models, self.settings, turn.name(self.job_id), self.check_cancelled
         )
-        with timer.span("deliver"):
-            delivered = deliver(video.path, job_id, request, check_cancelled)
+        with ExitStack() as cleanup, handover.even_on_errors():
 
-    warnings = _warnings(request, video, models, settings, retried)
-    if note := delivered.pop("delivery_warning", None):
-        warnings.append(note)
-    return delivered | {
-        "content_type": CONTENT_TYPE,
-        "seed": seed,
-        "width": video.width,
-        "height": video.height,
-        "fps": FPS,
-        "frames": video.frames,
-        "duration_s": round(video.frames / FPS, 3),
-        "sections": video.sections,
-        "partial": video.sections < len(video.plan.sections),
-        "parameters": _parameters(request, seed, models),
-        "warnings": warnings,
-        "timings": _timings(timer),
-        "worker": _worker(models, retried),
+            def temporary_file(parent: Path | None = None) -> Path:
+                folder = tempfile.TemporaryDirectory(prefix="framepack-", dir=parent)
+                return Path(cleanup.enter_context(folder)) / f"video{FORMATS[self.request.format].suffix}"
+
+            output_filename = temporary_file()
+
+            def embed(decided: dict) -> str:
+                alone = _parameters(self.request, turn.seed, self.models, self.keyframes)
+                alone |= {"num_outputs": 1} | decided
+                return embedded(alone, self.models.profile.name, self.image_sha256)
+
+            def generate(frugal: bool = False) -> GeneratedVideo:
+                return generate_video_sync(
+                    self.models,
+                    self.image,
+                    self.request,
+                    output_filename,
+                    keyframes={place: keyframe.pixels for place, keyframe in self.keyframes.items()},
+                    seed=turn.seed,
+                    timer=turn.timer,
+                    report=turn.report,
+                    check_cancelled=self.check_cancelled,
+                    deadline=self.deadline,
+                    frugal=frugal,
+                    # elsewhere than where the encoding failed: on the volume, if there is one
+                    spare_filename=lambda: temporary_file(self.settings.volume),
+                    shared=turn.shared,
+                    embed=embed if self.request.embed_parameters and self.image_sha256 else None,
+                    recorder=handover.recorder if self.request.return_latents else None,
+                    resumed=self.resumed,
+                )
+
+            try:
+                video, retried = _with_memory_retry(self.models, turn.timer, generate)
+            finally:
+                memory.release_unused_memory(self.models.device)
+            progress = Progress(sections=video.sections, steps=self.request.steps)
+            turn.report(progress.at("deliver", section=video.sections, step=self.request.steps))
+            poster = video.poster or b""
+            with turn.timer.span("deliver"):
+                delivered = self.deliver(
+                    video.path,
+                    turn.name(self.job_id),
+                    self.request,
+                    self.check_cancelled,
+                    turn.taken + len(poster),
+                )
+                if poster:
+                    delivered["poster_base64"] = base64.b64encode(poster).decode("ascii")
+                delivered |= handover.deliver(turn.taken + inlined_bytes(delivered))
+        warnings = _warnings(self.request, video, self.models, self.settings, retried)
+        warnings += _inert_choices(self.request, turn.timer)
+        warnings += [
+            note for key in ("delivery_warning", "latents_warning") if (note := delivered.pop(key, None))
+        ]
+        reply = delivered | {
+            "seed": turn.seed,
+            "frames": video.frames,
+            "duration_s": round(video.frames / self.request.fps, 3),
+            "sections": video.sections,
+            "partial": video.sections < len(video.plan.sections),
+            **({"resumed_sections": self.resumed.count} if self.resumed else {}),
+        }
+        return Made(video, reply, inlined_bytes(delivered), warnings, retried, turn.timer)
+
+
+def _reply(
+    request: VideoRequest,
+    models: Models,
+    seed: int,
+    parameters: dict,
+    outputs: list[Made],
+    failure: Failure | None,
+    timer: JobTimer,
+) -> dict:
+    """One output's fields beside those of the job, or several outputs in a list."""
+    first = outputs[0]
+    common = {
+        "content_type": FORMATS[request.format].content_type,
+        "width": first.video.width,
+        "height": first.video.height,
+        "fps": request.fps,
+        "requested_s": request.total_second_length,
+        "parameters": parameters | {"shift": first.video.shift},
+        "warnings": all_warnings(outputs) + ([failure.sentence] if failure else []),
+        "worker": _worker(models, any(output.retried for output in outputs)),
     }
+    if request.num_outputs == 1:
+        return first.reply | common | {"timings": _job_timings(timer) | _output_timings(timer)}
+    listed = [output.reply | {"timings": _output_timings(output.timer)} for output in outputs]
+    reply = {"outputs": listed, "seed": seed} | common | {"timings": _job_timings(timer)}
+    return reply | ({"refresh_worker": True} if failure and failure.refresh_worker else {})
 
 
 def _with_memory_retry(
@@ -155,11 +247,21 @@ def _with_memory_retry(
     )
 
 
-def _parameters(request: VideoRequest, seed: int, models: Models) -> dict:
-    return echo_of(request) | {
+def _seed(request: VideoRequest) -> int:
+    return random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
+
+
+def _parameters(request: VideoRequest, seed: int, models: Models, keyframes: Mapping[int, Keyframe]) -> dict:
+    used = echo_of(request)
+    for place, keyframe in keyframes.items():
+        used["sections"][place]["image"] = f"sha256:{keyframe.sha256}"
+    return used | {
         "seed": seed,
+        "codec": codec_of(request.format, request.codec),
         "model": models.direction,
         "resolution": request.resolution or models.profile.resolution,
+        "cache": request.cache_kind,
+        "cache_threshold": cache_threshold(request),
     }
 
 
@@ -176,6 +278,9 @@ def _warnings(
     if request.partial and request.timeout_s is None and settings.job_timeout_s == math.inf:
         warnings.append("`partial` had no effect: the job has no time limit (`timeout_s`).")
     given = request.model_fields_set
+    warnings += inert_fields(request.format, given)
+    if request.exact_length and video.sections < planned:
+        warnings.append("`exact_length` had no effect: the video is partial, and not as long as asked.")
     if request.cfg == 1:
         if request.n_prompt:
             warnings.append("`n_prompt` had no effect: it acts only where `cfg` is above 1.")
@@ -191,6 +296,26 @@ def _warnings(
         )
     elif video.tiled_decode:
         warnings.append("The video was decoded in tiles to fit the GPU's memory; seams are blended.")
+    return warnings
+
+
+def _inert_choices(request: VideoRequest, timer: JobTimer) -> list[str]:
+    """Of the sampler, the schedule and the step cache, what was asked for and changed nothing."""
+    warnings = []
+    if request.steps <= 2 and request.sampler != "unipc_bh1":
+        warnings.append("`sampler` had no effect: with one or two steps all samplers do the same.")
+    if request.steps == 1 and request.shift:
+        warnings.append("`shift` had no effect: a single step has no schedule.")
+    choices = {
+        "cache": request.cache not in (None, "none"),
+        "cache_threshold": request.cache_threshold is not None,
+        "cache_order": request.cache_order > 0,
+    }
+    asked = [name for name, is_asked in choices.items() if is_asked]
+    if request.cache_kind == "none":
+        warnings += [f"`{name}` had no effect: no step cache is used." for name in asked]
+    elif asked and all(section["steps_computed"] == section["steps"] for section in timer.sections):
+        warnings.append(f"`{asked[0]}` had no effect: every step was computed.")
     return warnings
 
 
@@ -213,10 +338,16 @@ def _log_stage(name: str, seconds: float) -> None:
     log.info("%s: %.2f s", name, seconds)
 
 
-def _timings(timer: JobTimer) -> dict:
+def _job_timings(timer: JobTimer) -> dict:
     return {
         "input": timer.seconds("input"),
         "model_load": timer.seconds("model_load"),
+        "total": timer.total(),
+    }
+
+
+def _output_timings(timer: JobTimer) -> dict:
+    return {
         "text_encode": timer.seconds("text_encode"),
         "encodings": timer.encodings,
         "image_encode": {"vae": timer.seconds("vae_encode"), "clip_vision": timer.seconds("clip_vision")},

@@ -29,6 +29,10 @@ class JobTimer:
         self.sections: list[dict] = []
         self.encodings = {"hits": 0, "misses": 0}  # taken from earlier jobs, and made anew
 
+    def another(self) -> "JobTimer":
+        """A new one that measures in the same way."""
+        return JobTimer(self._clock, self._wait, self._on_stage)
+
     def restart(self) -> None:
         """Forget sections and steps of an attempt that failed; stages, encodings and the total go on."""
         self.steps, self.sections = [], []

@@ -1,5 +1,7 @@
 """What each section is conditioned on, seen at the transformer's door on the tiny models."""
 
+import base64
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +30,7 @@ def noise(seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the transformer is called with in a section's only step."""
+    """What the transformer is given in a section, for the positive pass."""
 
     history: PackedHistory
     hidden_states: torch.Tensor
@@ -68,34 +70,33 @@ def sample(tiny_models, monkeypatch):
         encoder = Encoder(tiny_models, timer)
         conditioning = encode_conditioning(tiny_models, noise(0), keyframes, plan, request, 5, encoder)
 
-        calls = []
-        forward = tiny_models.transformer.forward
+        histories, conditions = [], []
+        transformer = tiny_models.transformer
+        prepare_history, prepare_condition = transformer.prepare_history, transformer.prepare_condition
 
-        def recorded(**inputs):
-            calls.append(
-                Seen(
-                    inputs["history"],
-                    inputs["encoder_hidden_states"],
-                    inputs["encoder_attention_mask"],
-                    inputs["pooled_projections"],
-                    inputs["image_embeds"],
-                )
-            )
-            return forward(**inputs)
+        def history(packed):
+            histories.append(packed)
+            conditions.append([])
+            return prepare_history(packed)
+
+        def condition(text, mask, pooled, image_embeds, guidance):
+            conditions[-1].append((text, mask, pooled, image_embeds))
+            return prepare_condition(text, mask, pooled, image_embeds, guidance)
 
         with monkeypatch.context() as patch:
-            patch.setattr(tiny_models.transformer, "forward", recorded)
+            patch.setattr(transformer, "prepare_history", history)
+            patch.setattr(transformer, "prepare_condition", condition)
             sampled = list(
                 sample_sections(
                     tiny_models, plan, conditioning, request, 5, timer, lambda *_: None, preserved_gb=6
                 )
             )
         order = sorted(plan.sections, key=plan.position)
-        per_section = len(calls) // len(sampled)
+        seen = [Seen(packed, *passes[0]) for packed, passes in zip(histories, conditions, strict=True)]
         return Job(
             conditioning,
             [sampled[section.index].latents for section in order],
-            [calls[section.index * per_section] for section in order],
+            [seen[section.index] for section in order],
             sampled[-1 if model == "i2v" else 0].to_decode[:, :, :1],
             timer,
         )
@@ -252,7 +253,7 @@ class TestDecoding:
     def test_images_are_cropped_to_the_videos_size(self, picture):
         image = to_base64(encoded(Image.fromarray(picture), "PNG"))
         keyframes = decode_keyframes(self.sections(image, image), None, (96, 160))
-        assert {place: pixels.shape for place, pixels in keyframes.items()} == {
+        assert {place: keyframe.pixels.shape for place, keyframe in keyframes.items()} == {
             0: (96, 160, 3),
             1: (96, 160, 3),
         }
@@ -302,7 +303,8 @@ class TestJobs:
         reply = run_job(
             data | {"sections": [section | {"image": keyframe}], "blend_sections": 1}, tiny_models
         )
-        assert reply["parameters"]["sections"] == [section | {"end_s": None}]
+        named = f"sha256:{hashlib.sha256(base64.b64decode(keyframe)).hexdigest()}"
+        assert reply["parameters"]["sections"] == [section | {"end_s": None, "image": named}]
         assert reply["parameters"]["blend_sections"] == 1
         assert reply["warnings"] == [] and reply["sections"] == 2
         assert reply["timings"]["encodings"] == {"hits": 0, "misses": 2 + 2 + 2}

@@ -1,17 +1,18 @@
 """A request's prompts and images → what the transformer is conditioned on, section by section."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from core.pipeline.encoding import Encoder
+from core.pipeline.encoding import Encoder, drawn
 from core.pipeline.models import Models
 from core.pipeline.sections import FPS, Section, SectionPlan
 from core.request import VideoRequest
 from core.timeline import Cue, read_timeline, without_effect
 from diffusers_helper.text import PromptEmbeds, mix_prompts
+from diffusers_helper.vae import ImagePosterior
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class SectionConditioning:
 class EncodedImage:
     """On the CPU."""
 
-    latent: torch.Tensor  # (1, 16, 1, H/8, W/8), float32
+    posterior: ImagePosterior
+    latent: torch.Tensor  # drawn from it, (1, 16, 1, H/8, W/8), float32
     embeds: torch.Tensor  # (1, patches, D)
 
 
@@ -48,6 +50,18 @@ class Conditioning:
     def start_latent(self) -> torch.Tensor:
         """The video's first frame, (1, 16, 1, H/8, W/8), float32 on the CPU."""
         return self.images[None].latent
+
+    def for_seed(self, seed: int) -> "Conditioning":
+        """The same for another seed: only what is drawn depends on it."""
+        images = {
+            place: replace(image, latent=drawn(image.posterior, seed, self.device))
+            for place, image in self.images.items()
+        }
+        return replace(self, images=images)
+
+    def starting_from(self, latent: torch.Tensor) -> "Conditioning":
+        """The same with `latent` (1, 16, 1, H/8, W/8) as the video's first frame."""
+        return replace(self, images={**self.images, None: replace(self.images[None], latent=latent)})
 
     def of(self, section: Section) -> SectionConditioning:
         cue = self.cues[section.index]
@@ -85,12 +99,15 @@ def encode_conditioning(
 
     places = [None, *sorted({cue.keyframe for cue in cues} - {None})]
     pixels = [image if place is None else keyframes[place] for place in places]
-    latents, embeds = encoder.latents(pixels, seed), encoder.image_embeds(pixels)
+    images = [
+        EncodedImage(posterior, drawn(posterior, seed, models.device), embeds)
+        for posterior, embeds in zip(encoder.posteriors(pixels), encoder.image_embeds(pixels), strict=True)
+    ]
     return Conditioning(
         cues=cues,
         prompts=dict(zip(prompts, texts, strict=False)),
         negative=texts[-1] if guided else None,
-        images=dict(zip(places, map(EncodedImage, latents, embeds), strict=True)),
+        images=dict(zip(places, images, strict=True)),
         device=models.device,
         dtype=models.transformer_dtype,
         warnings=(

@@ -34,14 +34,10 @@ class Encoder:
         with self._timer.span("text_encode"):
             return self._encode("text", prompts, self._prompt, "text_encoder", "text_encoder_2")
 
-    def latents(self, images: Sequence[np.ndarray], seed: int) -> list[torch.Tensor]:
-        """(H, W, 3) uint8 each → (1, 16, 1, H/8, W/8) each, float32.
-
-        The cache has the posteriors, which do not depend on the seed. Each image's draw has the same noise.
-        """
+    def posteriors(self, images: Sequence[np.ndarray]) -> list[vae.ImagePosterior]:
+        """Of (H, W, 3) uint8 each."""
         with self._timer.span("vae_encode"):
-            posteriors = self._encode("vae", images, self._posterior, "vae")
-            return [self._draw(posterior, seed) for posterior in posteriors]
+            return self._encode("vae", images, self._posterior, "vae")
 
     def image_embeds(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """(H, W, 3) uint8 each → (1, patches, D) each."""
@@ -76,16 +72,20 @@ class Encoder:
         )
         return embeds.to(CPU, models.encoder_dtype)
 
-    def _posterior(self, image: np.ndarray) -> torch.Tensor:
-        return vae.encode_image(image, self._models.vae, self._models.device).cpu()
-
-    def _draw(self, posterior: torch.Tensor, seed: int) -> torch.Tensor:
-        generator = torch.Generator("cpu").manual_seed(VAE_SEED_OFFSET + seed)
-        scaling_factor = self._models.vae.config.scaling_factor
-        return vae.draw_latent(posterior.to(self._models.device), scaling_factor, generator).float().cpu()
+    def _posterior(self, image: np.ndarray) -> vae.ImagePosterior:
+        return vae.encode_image(image, self._models.vae, self._models.device).to(CPU)
 
     def _embeds(self, image: np.ndarray) -> torch.Tensor:
         models = self._models
         return clip_vision.encode_image(
             image, models.feature_extractor, models.image_encoder, models.device
         ).cpu()
+
+
+def drawn(posterior: vae.ImagePosterior, seed: int, device: torch.device) -> torch.Tensor:
+    """A job's latent of an image, (1, 16, 1, H/8, W/8), float32 on the CPU; all images get the same noise.
+
+    It is computed on `device`, where the VAE runs.
+    """
+    generator = torch.Generator("cpu").manual_seed(VAE_SEED_OFFSET + seed)
+    return posterior.to(device).draw(generator).float().cpu()
