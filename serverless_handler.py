@@ -17,6 +17,7 @@ STATUS_OF_CODE = {
     "invalid_request": 400,
     "invalid_image": 400,
     "image_too_large": 413,
+    "too_large_for_memory": 413,
     "url_refused": 400,
     "download_failed": 502,
     "download_too_large": 413,

@@ -4,6 +4,7 @@ WorkerError                        internal_error
 ├── RequestError                   invalid_request
 │   ├── ImageError                 invalid_image
 │   │   └── ImageTooLargeError     image_too_large
+│   ├── TooLargeForMemoryError     too_large_for_memory
 │   ├── UrlRefusedError            url_refused
 │   └── DownloadError              download_failed
 │       └── DownloadTooLargeError  download_too_large
@@ -50,6 +51,12 @@ class ImageError(RequestError):
 
 class ImageTooLargeError(ImageError):
     code = "image_too_large"
+
+
+class TooLargeForMemoryError(RequestError):
+    """A frame, section or length that this worker's memory cannot hold in any mode."""
+
+    code = "too_large_for_memory"
 
 
 class UrlRefusedError(RequestError):

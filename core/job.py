@@ -10,12 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from core.deadline import Deadline
 from core.delivery import CONTENT_TYPE, Deliver, inlined
-from core.errors import OutOfMemoryError
+from core.errors import OutOfMemoryError, RequestError
 from core.fetch import fetch_url
+from core.frame import check_direction, inert_fields
 from core.images import Fetch, decode_image
 from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
 from core.pipeline.sections import FPS
@@ -49,13 +51,15 @@ def run_job(
     settings = settings or Settings()
     timer = JobTimer(wait=_gpu_wait(models.device), on_stage=_log_stage)
     request = parse_request(data)
+    direction = request.model or models.profile.direction
+    check_direction(request, direction)
     deadline = Deadline(min(request.timeout_s or math.inf, settings.job_timeout_s))
     report(Progress())
     with timer.span("input"):
-        image = decode_image(request.input_image, fetch=_fetcher(settings, deadline, check_cancelled))
+        image, end_image = _images(request, _fetcher(settings, deadline, check_cancelled))
     seed = random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
     with timer.span("model_load"):
-        models.use_direction(request.model or models.profile.direction)
+        models.use_direction(direction)
     if models.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(models.device)
 
@@ -77,6 +81,7 @@ def run_job(
                 image,
                 request,
                 output_filename,
+                end_image=end_image,
                 seed=seed,
                 timer=timer,
                 report=report,
@@ -155,7 +160,7 @@ def _parameters(request: VideoRequest, seed: int, models: Models) -> dict:
     return used | {
         "seed": seed,
         "model": models.direction,
-        "resolution": request.resolution or models.profile.resolution,
+        "resolution": None if request.width else request.resolution or models.profile.resolution,
     }
 
 
@@ -171,6 +176,7 @@ def _warnings(
         )
     if request.partial and request.timeout_s is None and settings.job_timeout_s == math.inf:
         warnings.append("`partial` had no effect: the job has no time limit (`timeout_s`).")
+    warnings += inert_fields(request)
     given = request.model_fields_set
     if request.cfg == 1:
         if request.n_prompt:
@@ -188,6 +194,23 @@ def _warnings(
     elif video.tiled_decode:
         warnings.append("The video was decoded in tiles to fit the GPU's memory; seams are blended.")
     return warnings
+
+
+def _images(request: VideoRequest, fetch: Fetch) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The input image and the end image, (H, W, 3) uint8 each, of those that there are."""
+
+    def fetch_end(url: str, max_bytes: int) -> bytes:
+        try:
+            return fetch(url, max_bytes)
+        except RequestError as error:  # of two URLs, this one
+            raise type(error)(f"`end_image`: {error}") from error
+
+    image = end_image = None
+    if request.input_image is not None:
+        image = decode_image(request.input_image, fetch)
+    if request.end_image is not None:
+        end_image = decode_image(request.end_image, fetch_end, "end image")
+    return image, end_image
 
 
 def _fetcher(settings: Settings, deadline: Deadline, check_cancelled: Callable[[], None]) -> Fetch:

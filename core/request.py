@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from core.errors import RequestError
+from core.frame import NOTHING_TO_START_WITH, check_frame
 
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 4000
@@ -66,14 +67,14 @@ class S3Config(BaseModel):
 
 
 class VideoRequest(BaseModel):
-    """One job: an image and a prompt in, a video out."""
+    """One job: a prompt and an image, or what stands in for it, in; a video out."""
 
     model_config = STRICT
 
-    input_image: str = _field(
-        ...,
-        "The first frame: base64, a data URI or an https URL of a PNG, JPEG or WebP of at most 20 MB and 50 "
-        "megapixels.",
+    input_image: str | None = _field(
+        None,
+        "The first frame, unless `start` is given: base64, a data URI or an https URL of a PNG, JPEG or WebP "
+        "of at most 20 MB and 50 megapixels.",
         aliases=("image", "image_b64", "image_base64", "input_image_b64", "image_url"),
         min_length=1,
         repr=False,
@@ -134,8 +135,41 @@ class VideoRequest(BaseModel):
         multiple_of=32,
     )
 
+    end_image: str | None = _field(
+        None, "What the video leads up to, given as `input_image` is; only for i2v.", min_length=1, repr=False
+    )
+    end_image_strength: float = _field(
+        1.0, "The end image's latent is multiplied by this; 0 is as without.", ge=0, le=1
+    )
+    end_image_mode: Literal["history", "embedding"] = _field(
+        "history",
+        "history: the end image stays behind the video for all sections; embedding: it is there for the "
+        "first one sampled, and its image embedding is averaged with the first frame's.",
+    )
+    start: str | None = _field(
+        None,
+        "A first frame in place of `input_image`: black, white, noise from the seed, or a colour as #rrggbb.",
+        pattern=r"^(black|white|noise|#[0-9A-Fa-f]{6})$",
+    )
+    width: Whole | None = _field(
+        None, "Of the frame, in pixels, with `height`: a multiple of 16.", ge=64, le=2048, multiple_of=16
+    )
+    height: Whole | None = _field(
+        None, "Of the frame, in pixels, with `width`: a multiple of 16.", ge=64, le=2048, multiple_of=16
+    )
+    aspect_ratio: str | None = _field(
+        None,
+        "Of the frame, as 16:9, between 1:4 and 4:1; auto and null: nearest to the image, else square.",
+        pattern=r"^(auto|[1-9][0-9]{0,3}:[1-9][0-9]{0,3})$",
+    )
 
-SECRETS = ("input_image", "s3_config")  # never shown or echoed
+
+SECRETS = ("input_image", "end_image", "s3_config")  # never shown or echoed
+
+FORMS = {
+    "start": "black, white, noise or a colour such as #1a2b3c",
+    "aspect_ratio": "auto or two whole numbers such as 16:9",
+}
 
 ALIASES = {
     alias: name
@@ -165,9 +199,12 @@ def parse_request(data: Any) -> VideoRequest:
         _check_size(f"`{_short(name)}`", value)
         values[name] = value
     try:
-        return VideoRequest.model_validate(values)
+        request = VideoRequest.model_validate(values)
     except ValidationError as error:
-        raise RequestError(_sentence(error)) from None
+        nothing = all(values.get(name) is None for name in ("input_image", "start"))
+        raise RequestError(_sentence(error, *[NOTHING_TO_START_WITH] * nothing)) from None
+    check_frame(request)
+    return request
 
 
 def _check_size(what: str, value: Any) -> None:
@@ -175,12 +212,14 @@ def _check_size(what: str, value: Any) -> None:
         raise RequestError(f"{what} has too many fields ({len(value)}).")
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, *before: str) -> str:
+    """Of the faults in `before` and of those in `error`."""
     faults: dict[str, dict] = {}  # a union of types reports each member; the first is enough
     for fault in error.errors(include_url=False):
         faults.setdefault(_path(fault), fault)
-    shown = [_fault(fault) for fault in [*faults.values()][:MAX_LISTED_ERRORS]]
-    more = len(faults) - len(shown)
+    room = MAX_LISTED_ERRORS - len(before)
+    shown = [*before, *(_fault(fault) for fault in [*faults.values()][:room])]
+    more = len(before) + len(faults) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "") + "."
 
 
@@ -214,6 +253,8 @@ def _fault(fault: dict[str, Any]) -> str:
             return f"`{name}` must be {context['expected']} {got}"
         case "string_unicode":
             return f"`{name}` must be valid Unicode text"
+        case "string_pattern_mismatch" if field in FORMS:
+            return f"`{name}` must be {FORMS[field]} {got}"
         case "string_pattern_mismatch" if part == "endpointUrl":
             return f"`{name}` must be of the form https://host"
         case "string_pattern_mismatch":

@@ -16,6 +16,8 @@ import torch
 
 from core.deadline import Deadline
 from core.errors import TimeLimitError, VideoEncodingError
+from core.frame import check_direction, end_picture, frame_size, start_picture
+from core.pipeline.capacity import check_capacity
 from core.pipeline.conditioning import encode_conditioning
 from core.pipeline.decoding import VideoDecoder
 from core.pipeline.models import Models, initialize_models
@@ -25,7 +27,6 @@ from core.progress import Pace, Progress
 from core.request import VideoRequest
 from core.timing import JobTimer
 from core.video import save_bcthw_as_mp4
-from diffusers_helper.buckets import nearest_bucket, resize_and_center_crop
 from diffusers_helper.preview import LatentPreview
 
 __all__ = ["GeneratedVideo", "Models", "generate_video_sync", "initialize_models"]
@@ -47,10 +48,11 @@ class GeneratedVideo:
 
 def generate_video_sync(
     models: Models,
-    input_image: np.ndarray,
+    input_image: np.ndarray | None,
     request: VideoRequest,
     output_filename: str | Path,
     *,
+    end_image: np.ndarray | None = None,
     seed: int | None = None,
     timer: JobTimer | None = None,
     report: Report = lambda progress: None,
@@ -62,6 +64,8 @@ def generate_video_sync(
 ) -> GeneratedVideo:
     """Animate `input_image` (H, W, 3) uint8 as `request` asks and write the MP4 to `output_filename`.
 
+    Without one the video starts with the picture that the request's `start` names. `end_image`, of any size
+    too, is what the video leads up to. Raises TooLargeForMemoryError before anything is computed.
     `seed` replaces the request's (which may ask for a drawn one). `check_cancelled` runs after every stage
     and step and may raise to stop; `report` is told where the job stands; `on_section` sees each section's
     latents; `frugal` spends time for memory (no transformer block kept on the GPU in swap mode, a tiled VAE).
@@ -73,6 +77,7 @@ def generate_video_sync(
     timer = timer or JobTimer()
     deadline = deadline or Deadline()
     direction = request.model or models.profile.direction
+    check_direction(request, direction)
     plan = plan_sections(request.total_second_length, request.latent_window_size, direction)
     progress = Progress(sections=len(plan.sections), steps=request.steps)
     pace = Pace(len(plan.sections) * request.steps)
@@ -90,11 +95,13 @@ def generate_video_sync(
         stage("sample", section.index + 1, step, preview=preview_of(x0))
 
     resolution = request.resolution or models.profile.resolution
-    height, width = nearest_bucket(*input_image.shape[:2], resolution)
-    image = resize_and_center_crop(input_image, height, width)
+    height, width = frame_size(request, input_image, resolution)
+    check_capacity(models, plan, height, width)
+    image = start_picture(request, input_image, height, width, seed)
+    end_image = end_picture(request, end_image, height, width)
 
     stage("encode")
-    conditioning = encode_conditioning(models, image, request, seed, timer)
+    conditioning = encode_conditioning(models, image, request, seed, timer, end_image)
     preview_of = _previews(conditioning.start_latent, image) if request.preview else lambda x0: None
 
     decoder = VideoDecoder(models, plan, timer, force_tiling=frugal)

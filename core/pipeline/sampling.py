@@ -42,6 +42,9 @@ def sample_sections(
 ) -> Iterator[SampledSection]:
     """Sample the plan's sections in order. All noise comes from one CPU generator seeded with `seed`.
 
+    An I2V video may have an end image: its latent is the history that the first section sampled, the video's
+    end, would else find empty. It is no part of the video.
+
     In swap mode `preserved_gb` of GPU memory are kept free of the transformer's weights.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -51,6 +54,8 @@ def sample_sections(
     forward = plan.direction == "f1"
     if forward:
         history = torch.cat([history, start], dim=2)
+    elif conditioning.end_latent is not None:
+        history[:, :, :1] = conditioning.end_latent
 
     for section in plan.sections:
         timer.start_section()
@@ -69,6 +74,8 @@ def sample_sections(
             to_decode = real if section.decode_frames is None else real[:, :, -section.decode_frames :]
         else:
             history = torch.cat([new, history], dim=2)
+            if section.index == 0 and request.end_image_mode == "embedding":
+                history[:, :, -HISTORY_FRAMES] = 0  # the end image was for this section only
             real = history[:, :, :-HISTORY_FRAMES]
             to_decode = real[:, :, : section.decode_frames]
         yield SampledSection(section, latents, to_decode)
