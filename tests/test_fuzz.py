@@ -294,6 +294,7 @@ def models(monkeypatch) -> SimpleNamespace:
 
     decoder = SimpleNamespace(sections=1, tiled=False, clips=lambda: [])
     monkeypatch.setattr("core.pipeline.encode_conditioning", conditioning)
+    monkeypatch.setattr("core.pipeline.check_capacity", lambda *_: None)
     monkeypatch.setattr("core.pipeline.sample_sections", lambda *_, **__: [])
     monkeypatch.setattr("core.pipeline.VideoDecoder", lambda *_, **__: decoder)
     monkeypatch.setattr("core.pipeline.save_bcthw_as_mp4", save)
@@ -344,8 +345,11 @@ def job_inputs(draw: Any) -> Any:
     """As `inputs`, most of them with an image where it belongs."""
     data = draw(inputs() | good_objects())
     if isinstance(data, dict) and draw(st.integers(0, 3)):
-        data = {key: value for key, value in data.items() if ALIASES.get(key, key) != "input_image"}
+        pictures = ("input_image", "end_image", "start")
+        data = {key: value for key, value in data.items() if ALIASES.get(key, key) not in pictures}
         data["input_image"] = draw(IMAGES)
+        if draw(st.integers(0, 3)) == 0:
+            data["end_image"] = draw(IMAGES)
     return data
 
 
@@ -400,6 +404,7 @@ def test_lambda_events(models, stranger, monkeypatch):
 
 
 SHORT = ("input_image", "total_second_length", "latent_window_size", "steps", "resolution", "s3_config")
+SHORT += ("end_image", "start", "width", "height", "aspect_ratio")
 ANY = {name: good_values(field) for name, field in VideoRequest.model_fields.items() if name not in SHORT}
 
 

@@ -32,6 +32,13 @@ DEFAULTS = {
     "preview": False,
     "model": None,
     "resolution": None,
+    "end_image": None,
+    "end_image_strength": 1.0,
+    "end_image_mode": "history",
+    "start": None,
+    "width": None,
+    "height": None,
+    "aspect_ratio": None,
 }
 
 BUCKET = {
@@ -75,9 +82,10 @@ REAL_BOUNDS = {
     "rs": (0, 1),
     "gpu_memory_preservation": (0, 128),
     "timeout_s": (1, 86_400),
+    "end_image_strength": (0, 1),
 }
 NUMBERS = [*WHOLE_BOUNDS, *REAL_BOUNDS]
-TEXTS = ["input_image", "prompt", "n_prompt"]
+TEXTS = ["input_image", "prompt", "n_prompt", "end_image"]
 
 
 def accepted(**fields) -> VideoRequest:
@@ -279,6 +287,7 @@ def test_use_teacache_must_be_a_boolean(value):
 
 
 NULLABLE = ("seed", "model", "resolution", "timeout_s", "s3_config")
+NULLABLE += ("end_image", "start", "width", "height", "aspect_ratio")
 
 
 @pytest.mark.parametrize("name", [name for name in DEFAULTS if name not in NULLABLE])
@@ -292,15 +301,20 @@ def test_text_must_be_a_string(name, value):
     assert refused(**{name: value}).startswith(f"`{name}` must be a string (got ")
 
 
-@pytest.mark.parametrize("name", ["input_image", "prompt"])
-def test_required_fields(name):
-    assert refusal({key: value for key, value in REQUIRED.items() if key != name}) == f"`{name}` is required."
+def test_required_fields():
+    assert refusal({"input_image": "aGVsbG8="}) == "`prompt` is required."
+    assert refusal({"prompt": "x"}) == "`input_image` or `start` is required."
+    assert refused(prompt=None) == "`prompt` must be a string (got null)."
+    assert refused(input_image=None) == "`input_image` or `start` is required."
+
+
+@pytest.mark.parametrize("name", ["input_image", "prompt", "end_image"])
+def test_texts_that_must_not_be_empty(name):
     assert refused(**{name: ""}) == f"`{name}` must not be empty."
-    assert refused(**{name: None}) == f"`{name}` must be a string (got null)."
 
 
 def test_both_required_fields_missing():
-    assert refusal({}) == "`input_image` is required; `prompt` is required."
+    assert refusal({}) == "`input_image` or `start` is required; `prompt` is required."
 
 
 @pytest.mark.parametrize(
