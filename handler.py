@@ -26,6 +26,7 @@ from tqdm import tqdm
 from core import logs
 from core.delivery import inlined
 from core.errors import WorkerError
+from core.file_format import LATENTS, suffix_of
 from core.fitness import run_checks
 from core.progress import Progress
 from core.request import input_of
@@ -45,13 +46,31 @@ async def local_handler(job: dict) -> dict:
     """`handler` for a person at a terminal: a progress bar, and the video in a file instead of base64."""
     with LocalProgress() as progress:
         reply = await _run(job, progress)
+    name = Path(str(job["id"])).name
     if "error" in reply:
-        return reply
-    path = Settings.from_env().output_dir / f"{Path(str(job['id'])).name}.mp4"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(base64.b64decode(reply.pop("video_base64")))
-    print(f"Video: {path}")
-    return {"video_path": str(path)} | reply
+        return _in_files(reply, name, "")
+    suffix = suffix_of(reply["content_type"])
+    if "outputs" not in reply:
+        return _in_files(reply, name, suffix)
+    outputs = [
+        _in_files(output, f"{name}-{number}", suffix) for number, output in enumerate(reply["outputs"], 1)
+    ]
+    return reply | {"outputs": outputs}
+
+
+def _in_files(reply: dict, name: str, suffix: str) -> dict:
+    """The reply, or one output of it, with files' paths in place of their base64."""
+    paths = {}
+    for what, ending in (("video", suffix), ("latents", LATENTS.suffix)):
+        if f"{what}_base64" in reply:
+            path = Settings.from_env().output_dir / f"{name}{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(base64.b64decode(reply[f"{what}_base64"]))
+            paths[f"{what}_path"] = str(path)
+            print(f"{what.capitalize()}: {path}")
+    return paths | {
+        key: value for key, value in reply.items() if key not in ("video_base64", "latents_base64")
+    }
 
 
 async def _run(job: dict, progress: "RunPodProgress | LocalProgress") -> dict:
@@ -88,7 +107,7 @@ class LocalProgress:
     def report(self, progress: Progress) -> None:
         if self._bar is None:
             self._bar = tqdm(unit="step", file=sys.stderr)
-        self._bar.total = progress.sections * progress.steps  # known once the request is read
+        self._bar.total = progress.steps_in_all  # known once the request is read
         self._bar.set_description(f"section {progress.section}/{progress.sections} {progress.stage}")
         self._bar.update(max(0, progress.steps_done - self._bar.n))
 

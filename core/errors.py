@@ -4,6 +4,9 @@ WorkerError                        internal_error
 ├── RequestError                   invalid_request
 │   ├── ImageError                 invalid_image
 │   │   └── ImageTooLargeError     image_too_large
+│   ├── LatentsError               invalid_latents
+│   │   ├── LatentsMismatchError   latents_mismatch
+│   │   └── LatentsNotFoundError   latents_not_found
 │   ├── TooLargeForMemoryError     too_large_for_memory
 │   ├── UrlRefusedError            url_refused
 │   └── DownloadError              download_failed
@@ -51,6 +54,22 @@ class ImageError(RequestError):
 
 class ImageTooLargeError(ImageError):
     code = "image_too_large"
+
+
+class LatentsError(RequestError):
+    """`resume_latents` is not what a worker of this version wrote."""
+
+    code = "invalid_latents"
+
+
+class LatentsMismatchError(LatentsError):
+    """The latents are sound, but of another job than the one asked for."""
+
+    code = "latents_mismatch"
+
+
+class LatentsNotFoundError(LatentsError):
+    code = "latents_not_found"
 
 
 class TooLargeForMemoryError(RequestError):

@@ -21,8 +21,6 @@ COLOURS = {"black": (0, 0, 0), "white": (255, 255, 255)}
 
 def check_frame(request: "VideoRequest") -> None:
     """Raises RequestError for fields that contradict each other."""
-    if request.input_image is None and request.start is None:
-        raise RequestError(f"{NOTHING_TO_START_WITH}.")
     if request.input_image is not None and request.start is not None:
         raise RequestError("`input_image` and `start` must not both be given: a video starts with one.")
     if (request.width is None) != (request.height is None):
@@ -51,7 +49,7 @@ def check_direction(request: "VideoRequest", direction: str) -> None:
         )
 
 
-def inert_fields(request: "VideoRequest") -> list[str]:
+def inert_frame_fields(request: "VideoRequest") -> list[str]:
     """Sentences for the fields that were given and had no effect."""
     if request.end_image is not None:
         if request.end_image_strength == 0:

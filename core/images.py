@@ -29,14 +29,21 @@ def _no_urls(url: str, max_bytes: int) -> bytes:
     raise ImageError("The input image cannot be given as a URL here.")
 
 
-def decode_image(text: str, fetch: Fetch = _no_urls, what: str = "input image") -> np.ndarray:
+def decode_image(
+    text: str,
+    fetch: Fetch = _no_urls,
+    on_file: Callable[[bytes], None] = lambda data: None,
+    what: str = "input image",
+) -> np.ndarray:
     """Decode one of the request's images: first frame, upright by EXIF, transparency on white.
 
-    Raises ImageError or ImageTooLargeError with the sentence for the caller, which speaks of `what`, or what
-    `fetch` raises.
+    `on_file` is shown the image's file. Raises ImageError or ImageTooLargeError with the sentence for the
+    caller, which speaks of `what`, or what `fetch` raises.
     """
     is_url = _URL.match(text[:64])
-    return _to_rgb(fetch(text.strip(), MAX_BYTES) if is_url else _decode_base64(text, what), what)
+    data = fetch(text.strip(), MAX_BYTES) if is_url else _decode_base64(text, what)
+    on_file(data)
+    return _to_rgb(data, what)
 
 
 def _decode_base64(text: str, what: str) -> bytes:

@@ -1,11 +1,14 @@
 """One job from JSON to JSON: the main path."""
 
+import base64
+import hashlib
 import logging
 import math
 import random
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,15 +17,22 @@ import numpy as np
 import torch
 
 from core.deadline import Deadline
-from core.delivery import CONTENT_TYPE, Deliver, inlined
+from core.delivery import Deliver, inlined, inlined_bytes
+from core.embedding import embedded
 from core.errors import OutOfMemoryError, RequestError
 from core.fetch import fetch_url
-from core.frame import check_direction, inert_fields
+from core.ffmpeg import check_encoder
+from core.file_format import FORMATS, codec_of, inert_fields
+from core.frame import check_direction, inert_frame_fields
 from core.images import Fetch, decode_image
+from core.latents import check_transformer
+from core.outputs import Failure, Made, Turn, all_warnings, make_outputs
 from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
-from core.pipeline.sections import FPS
+from core.pipeline.caching import cache_threshold, step_caches
+from core.pipeline.checkpoint import Checkpoint
 from core.progress import Progress
 from core.request import MAX_SEED, SECRETS, VideoRequest, parse_request
+from core.resume import Handover, open_saved
 from core.settings import Settings
 from core.timing import JobTimer
 from diffusers_helper import memory
@@ -44,87 +54,166 @@ def run_job(
 ) -> dict:
     """Make the video that `data`, a job's input, asks for. Returns the reply (docs/in_out_spec.md).
 
-    `deliver` turns the finished MP4 into the reply's video fields (core/delivery.py).
+    `deliver` turns a finished file into the reply's video fields (core/delivery.py).
     Raises WorkerError for whatever can be told to the caller; leaves no file behind and the models usable
     either way.
     """
     settings = settings or Settings()
     timer = JobTimer(wait=_gpu_wait(models.device), on_stage=_log_stage)
     request = parse_request(data)
+    check_encoder(codec_of(request.format, request.codec), request.format)
     direction = request.model or models.profile.direction
     check_direction(request, direction)
     deadline = Deadline(min(request.timeout_s or math.inf, settings.job_timeout_s))
     report(Progress())
+    fetch = _fetcher(settings, deadline, check_cancelled)
+    saved = None
     with timer.span("input"):
-        image, end_image = _images(request, _fetcher(settings, deadline, check_cancelled))
-    seed = random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
+        images, sums = _images(request, fetch)
+        if request.resume_latents:
+            saved = open_saved(request, images.get("input_image"), models, settings, fetch)
+    seed = saved.seed if saved else _seed(request)
     with timer.span("model_load"):
         models.use_direction(direction)
+    if saved:
+        check_transformer(saved, models)
+    step_caches(request, models.direction, models.magnitudes)  # refuses what the model cannot have
     if models.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(models.device)
 
-    with ExitStack() as cleanup:
+    job = _Job(
+        models,
+        settings,
+        request,
+        images | ({"input_image": saved.checkpoint.image} if saved else {}),
+        sums,
+        saved.checkpoint if saved else None,
+        job_id,
+        deadline,
+        check_cancelled,
+        deliver,
+    )
+    outputs, failure = make_outputs(job.make, seed, request.num_outputs, timer, report)
+    return _reply(request, models, seed, outputs, failure, timer)
 
-        def temporary_mp4(parent: Path | None = None) -> Path:
-            folder = tempfile.TemporaryDirectory(prefix="framepack-", dir=parent)
-            return Path(cleanup.enter_context(folder)) / "video.mp4"
 
-        def spare_mp4() -> Path:
-            """Elsewhere than where the encoding failed: on the volume, if there is one."""
-            return temporary_mp4(settings.volume)
+@dataclass(frozen=True)
+class _Job:
+    """All that its outputs have in common."""
 
-        output_filename = temporary_mp4()
+    models: Models
+    settings: Settings
+    request: VideoRequest
+    images: dict[str, np.ndarray]  # by field
+    sums: dict[str, str]  # SHA-256 of their files, as far as there are any
+    resumed: Checkpoint | None
+    job_id: str
+    deadline: Deadline
+    check_cancelled: Callable[[], None]
+    deliver: Deliver
 
-        def generate(frugal: bool = False) -> GeneratedVideo:
-            return generate_video_sync(
-                models,
-                image,
-                request,
-                output_filename,
-                end_image=end_image,
-                seed=seed,
-                timer=timer,
-                report=report,
-                check_cancelled=check_cancelled,
-                deadline=deadline,
-                frugal=frugal,
-                spare_filename=spare_mp4,
-            )
+    @property
+    def reproducible(self) -> bool:
+        """Whether the parameters and the images' files make the video again."""
+        return self.request.start is not None or "input_image" in self.sums
 
-        try:
-            video, retried = _with_memory_retry(models, timer, generate)
-        finally:
-            memory.release_unused_memory(models.device)
-        report(
-            Progress(
-                sections=video.sections,
-                steps=request.steps,
-                stage="deliver",
-                section=video.sections,
-                step=request.steps,
-            )
+    def make(self, turn: Turn) -> Made:
+        """One video, generated and delivered; its file is gone when this returns."""
+        handover = Handover(
+            self.request, turn.seed, self.models, self.settings, turn.name(self.job_id), self.check_cancelled
         )
-        with timer.span("deliver"):
-            delivered = deliver(video.path, job_id, request, check_cancelled)
+        with ExitStack() as cleanup, handover.even_on_errors():
 
-    warnings = _warnings(request, video, models, settings, retried)
-    if note := delivered.pop("delivery_warning", None):
-        warnings.append(note)
-    return delivered | {
-        "content_type": CONTENT_TYPE,
-        "seed": seed,
-        "width": video.width,
-        "height": video.height,
-        "fps": FPS,
-        "frames": video.frames,
-        "duration_s": round(video.frames / FPS, 3),
-        "sections": video.sections,
-        "partial": video.sections < len(video.plan.sections),
-        "parameters": _parameters(request, seed, models),
-        "warnings": warnings,
-        "timings": _timings(timer),
-        "worker": _worker(models, retried),
+            def temporary_file(parent: Path | None = None) -> Path:
+                folder = tempfile.TemporaryDirectory(prefix="framepack-", dir=parent)
+                return Path(cleanup.enter_context(folder)) / f"video{FORMATS[self.request.format].suffix}"
+
+            output_filename = temporary_file()
+
+            def embed(decided: dict) -> str:
+                alone = _parameters(self.request, turn.seed, self.models) | {"num_outputs": 1} | decided
+                return embedded(alone, self.models.profile.name, self.sums)
+
+            def generate(frugal: bool = False) -> GeneratedVideo:
+                return generate_video_sync(
+                    self.models,
+                    self.images.get("input_image"),
+                    self.request,
+                    output_filename,
+                    end_image=self.images.get("end_image"),
+                    seed=turn.seed,
+                    timer=turn.timer,
+                    report=turn.report,
+                    check_cancelled=self.check_cancelled,
+                    deadline=self.deadline,
+                    frugal=frugal,
+                    # elsewhere than where the encoding failed: on the volume, if there is one
+                    spare_filename=lambda: temporary_file(self.settings.volume),
+                    shared=turn.shared,
+                    embed=embed if self.request.embed_parameters and self.reproducible else None,
+                    recorder=handover.recorder if self.request.return_latents else None,
+                    resumed=self.resumed,
+                )
+
+            try:
+                video, retried = _with_memory_retry(self.models, turn.timer, generate)
+            finally:
+                memory.release_unused_memory(self.models.device)
+            progress = Progress(sections=video.sections, steps=self.request.steps)
+            turn.report(progress.at("deliver", section=video.sections, step=self.request.steps))
+            poster = video.poster or b""
+            with turn.timer.span("deliver"):
+                delivered = self.deliver(
+                    video.path,
+                    turn.name(self.job_id),
+                    self.request,
+                    self.check_cancelled,
+                    turn.taken + len(poster),
+                )
+                if poster:
+                    delivered["poster_base64"] = base64.b64encode(poster).decode("ascii")
+                delivered |= handover.deliver(turn.taken + inlined_bytes(delivered))
+        warnings = _warnings(self.request, video, self.models, self.settings, retried)
+        warnings += _inert_choices(self.request, turn.timer)
+        warnings += [
+            note for key in ("delivery_warning", "latents_warning") if (note := delivered.pop(key, None))
+        ]
+        reply = delivered | {
+            "seed": turn.seed,
+            "frames": video.frames,
+            "duration_s": round(video.frames / self.request.fps, 3),
+            "sections": video.sections,
+            "partial": video.sections < len(video.plan.sections),
+            **({"resumed_sections": self.resumed.count} if self.resumed else {}),
+        }
+        return Made(video, reply, inlined_bytes(delivered), warnings, retried, turn.timer)
+
+
+def _reply(
+    request: VideoRequest,
+    models: Models,
+    seed: int,
+    outputs: list[Made],
+    failure: Failure | None,
+    timer: JobTimer,
+) -> dict:
+    """One output's fields beside those of the job, or several outputs in a list."""
+    first = outputs[0]
+    common = {
+        "content_type": FORMATS[request.format].content_type,
+        "width": first.video.width,
+        "height": first.video.height,
+        "fps": request.fps,
+        "requested_s": request.total_second_length,
+        "parameters": _parameters(request, seed, models) | {"shift": first.video.shift},
+        "warnings": all_warnings(outputs) + ([failure.sentence] if failure else []),
+        "worker": _worker(models, any(output.retried for output in outputs)),
     }
+    if request.num_outputs == 1:
+        return first.reply | common | {"timings": _job_timings(timer) | _output_timings(timer)}
+    listed = [output.reply | {"timings": _output_timings(output.timer)} for output in outputs]
+    reply = {"outputs": listed, "seed": seed} | common | {"timings": _job_timings(timer)}
+    return reply | ({"refresh_worker": True} if failure and failure.refresh_worker else {})
 
 
 def _with_memory_retry(
@@ -155,12 +244,19 @@ def _with_memory_retry(
     )
 
 
+def _seed(request: VideoRequest) -> int:
+    return random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
+
+
 def _parameters(request: VideoRequest, seed: int, models: Models) -> dict:
     used = request.model_dump(exclude=set(SECRETS))
     return used | {
         "seed": seed,
+        "codec": codec_of(request.format, request.codec),
         "model": models.direction,
         "resolution": None if request.width else request.resolution or models.profile.resolution,
+        "cache": request.cache_kind,
+        "cache_threshold": cache_threshold(request),
     }
 
 
@@ -176,8 +272,10 @@ def _warnings(
         )
     if request.partial and request.timeout_s is None and settings.job_timeout_s == math.inf:
         warnings.append("`partial` had no effect: the job has no time limit (`timeout_s`).")
-    warnings += inert_fields(request)
     given = request.model_fields_set
+    warnings += inert_frame_fields(request) + inert_fields(request.format, given)
+    if request.exact_length and video.sections < planned:
+        warnings.append("`exact_length` had no effect: the video is partial, and not as long as asked.")
     if request.cfg == 1:
         if request.n_prompt:
             warnings.append("`n_prompt` had no effect: it acts only where `cfg` is above 1.")
@@ -196,8 +294,8 @@ def _warnings(
     return warnings
 
 
-def _images(request: VideoRequest, fetch: Fetch) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The input image and the end image, (H, W, 3) uint8 each, of those that there are."""
+def _images(request: VideoRequest, fetch: Fetch) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The request's images by field, (H, W, 3) uint8 each, and the SHA-256 of their files."""
 
     def fetch_end(url: str, max_bytes: int) -> bytes:
         try:
@@ -205,12 +303,33 @@ def _images(request: VideoRequest, fetch: Fetch) -> tuple[np.ndarray | None, np.
         except RequestError as error:  # of two URLs, this one
             raise type(error)(f"`end_image`: {error}") from error
 
-    image = end_image = None
-    if request.input_image is not None:
-        image = decode_image(request.input_image, fetch)
-    if request.end_image is not None:
-        end_image = decode_image(request.end_image, fetch_end, "end image")
-    return image, end_image
+    images, sums = {}, {}
+    for name, get in (("input_image", fetch), ("end_image", fetch_end)):
+        if (text := getattr(request, name)) is not None:
+            file = hashlib.sha256()
+            images[name] = decode_image(text, get, file.update, name.replace("_", " "))
+            sums[name] = file.hexdigest()
+    return images, sums
+
+
+def _inert_choices(request: VideoRequest, timer: JobTimer) -> list[str]:
+    """Of the sampler, the schedule and the step cache, what was asked for and changed nothing."""
+    warnings = []
+    if request.steps <= 2 and request.sampler != "unipc_bh1":
+        warnings.append("`sampler` had no effect: with one or two steps all samplers do the same.")
+    if request.steps == 1 and request.shift:
+        warnings.append("`shift` had no effect: a single step has no schedule.")
+    choices = {
+        "cache": request.cache not in (None, "none"),
+        "cache_threshold": request.cache_threshold is not None,
+        "cache_order": request.cache_order > 0,
+    }
+    asked = [name for name, is_asked in choices.items() if is_asked]
+    if request.cache_kind == "none":
+        warnings += [f"`{name}` had no effect: no step cache is used." for name in asked]
+    elif asked and all(section["steps_computed"] == section["steps"] for section in timer.sections):
+        warnings.append(f"`{asked[0]}` had no effect: every step was computed.")
+    return warnings
 
 
 def _fetcher(settings: Settings, deadline: Deadline, check_cancelled: Callable[[], None]) -> Fetch:
@@ -232,10 +351,16 @@ def _log_stage(name: str, seconds: float) -> None:
     log.info("%s: %.2f s", name, seconds)
 
 
-def _timings(timer: JobTimer) -> dict:
+def _job_timings(timer: JobTimer) -> dict:
     return {
         "input": timer.seconds("input"),
         "model_load": timer.seconds("model_load"),
+        "total": timer.total(),
+    }
+
+
+def _output_timings(timer: JobTimer) -> dict:
+    return {
         "text_encode": timer.seconds("text_encode"),
         "image_encode": {"vae": timer.seconds("vae_encode"), "clip_vision": timer.seconds("clip_vision")},
         "sections": timer.sections,

@@ -17,12 +17,14 @@ from pydantic import (
 )
 
 from core.errors import RequestError
+from core.file_format import check_file
 from core.frame import NOTHING_TO_START_WITH, check_frame
 
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 4000
 MAX_LISTED_ERRORS = 3
 MAX_FIELDS = 10_000  # 20 MB of JSON hold two million; refused one by one they would take 2 GB
+MIN_SHIFT = 0.1  # below it all steps but the first are at nearly no noise
 MAX_SHOWN = 40  # characters of what the caller wrote
 
 
@@ -73,8 +75,8 @@ class VideoRequest(BaseModel):
 
     input_image: str | None = _field(
         None,
-        "The first frame, unless `start` is given: base64, a data URI or an https URL of a PNG, JPEG or WebP "
-        "of at most 20 MB and 50 megapixels.",
+        "The first frame: base64, a data URI or an https URL of a PNG, JPEG or WebP of at most 20 MB and 50 "
+        "megapixels. Required unless there is `start` or `resume_latents`.",
         aliases=("image", "image_b64", "image_base64", "input_image_b64", "image_url"),
         min_length=1,
         repr=False,
@@ -112,7 +114,9 @@ class VideoRequest(BaseModel):
         6.0, "GB of GPU memory kept free of weights while sampling; acts only in swap mode.", ge=0, le=128
     )
     use_teacache: bool = _field(True, "Skip steps that would hardly change the result (about 2× faster).")
-    mp4_crf: Whole = _field(16, "H.264 quality: 0 is lossless, lower is better and larger.", ge=0, le=51)
+    mp4_crf: Whole = _field(
+        16, "The codec's CRF: lower is better and larger; 0 is lossless in H.264.", ge=0, le=51
+    )
     output: Literal["auto", "base64", "url"] = _field(
         "auto", "How the video is returned; auto inlines what fits and uploads the rest."
     )
@@ -133,6 +137,67 @@ class VideoRequest(BaseModel):
         ge=256,
         le=960,
         multiple_of=32,
+    )
+
+    sampler: Literal["unipc_bh1", "unipc_bh2", "euler"] = _field(
+        "unipc_bh1", "How the steps are taken: UniPC with B(h) = h (the official one) or e^h − 1, or Euler."
+    )
+    shift: float = _field(
+        0.0,
+        "Shift of the noise schedule, 0.1 to 20: higher spends more of the steps on strong noise; 0 takes it "
+        "from the sequence length (7 at the official sizes).",
+        ge=0,
+        le=20,
+    )
+    cache: Literal["none", "teacache", "magcache", "firstblock"] | None = _field(
+        None, "What skips steps; null is teacache where use_teacache is true, else none."
+    )
+    cache_threshold: float | None = _field(
+        None,
+        "Estimated error up to which a step is skipped: higher is faster and further off, 0 skips none; "
+        "null is the cache's own (teacache 0.15, magcache 0.1, firstblock 0.06).",
+        ge=0,
+        le=1,
+    )
+    cache_order: Whole = _field(
+        0,
+        "How a skipped step's residual is estimated: 0 takes the last one, 1 and 2 extrapolate the last "
+        "two or three (TaylorSeer).",
+        ge=0,
+        le=2,
+    )
+
+    format: Literal["mp4", "webm", "gif", "png_sequence"] = _field(
+        "mp4", "Kind of file; png_sequence is a zip of PNGs."
+    )
+    codec: Literal["h264", "h265", "vp9", "av1"] | None = _field(
+        None, "h264, h265 or av1 in an mp4, vp9 or av1 in a webm; null is the first of them."
+    )
+    fps: Whole = _field(
+        30,
+        "Frames per second that the file is played at. The model makes 30 per second of motion whatever it "
+        "is: another value changes pace and duration.",
+        ge=1,
+        le=120,
+    )
+    poster: bool = _field(False, "Return the first frame as a JPEG, too.")
+    embed_parameters: bool = _field(
+        True, "Write the request, without its image, into the file (`python -m core.reproduce` reads it)."
+    )
+    exact_length: bool = _field(
+        False, "Cut the end off at round(30 · total_second_length) frames, instead of whole sections."
+    )
+    num_outputs: Whole = _field(1, "Videos to make, with the seeds seed, seed + 1 and so on.", ge=1, le=4)
+
+    return_latents: bool = _field(
+        False, "Return the latents so far as a safetensors file, which another job can go on from."
+    )
+    resume_latents: str | None = _field(
+        None,
+        "Go on from such a file: its handle on the volume, an https URL, or base64. The fields that the "
+        "latents depend on must be as they were.",
+        min_length=1,
+        repr=False,
     )
 
     end_image: str | None = _field(
@@ -163,8 +228,13 @@ class VideoRequest(BaseModel):
         pattern=r"^(auto|[1-9][0-9]{0,3}:[1-9][0-9]{0,3})$",
     )
 
+    @property
+    def cache_kind(self) -> str:
+        """`cache`, or what `use_teacache` says in its place."""
+        return self.cache or ("teacache" if self.use_teacache else "none")
 
-SECRETS = ("input_image", "end_image", "s3_config")  # never shown or echoed
+
+SECRETS = ("input_image", "end_image", "s3_config", "resume_latents")  # never shown or echoed
 
 FORMS = {
     "start": "black, white, noise or a colour such as #1a2b3c",
@@ -198,13 +268,51 @@ def parse_request(data: Any) -> VideoRequest:
             raise RequestError(f"`{_short(name)}` is given twice, the second time as `{_short(key)}`.")
         _check_size(f"`{_short(name)}`", value)
         values[name] = value
+    faults = _absent(values)
     try:
         request = VideoRequest.model_validate(values)
     except ValidationError as error:
-        nothing = all(values.get(name) is None for name in ("input_image", "start"))
-        raise RequestError(_sentence(error, *[NOTHING_TO_START_WITH] * nothing)) from None
+        faults += error.errors(include_url=False)
+    if faults:
+        raise RequestError(_sentence(faults))
     check_frame(request)
-    return request
+    _check_shift(request)
+    _check_resumed(request)
+    check_file(request.format, request.codec, request.fps)
+    return _with_one_cache(request)
+
+
+def _check_shift(request: VideoRequest) -> None:
+    if 0 < request.shift < MIN_SHIFT:
+        raise RequestError(
+            f"`shift` must be 0 (automatic) or at least {MIN_SHIFT:g} (got {_show(request.shift)})."
+        )
+
+
+def _check_resumed(request: VideoRequest) -> None:
+    if request.resume_latents and request.num_outputs > 1:
+        raise RequestError(
+            f"`num_outputs` must be 1 with `resume_latents` (got {request.num_outputs}): they have one seed."
+        )
+
+
+def _with_one_cache(request: VideoRequest) -> VideoRequest:
+    """With `use_teacache` as `cache` has it. Raises RequestError where both were given and differ."""
+    if request.cache is None or request.use_teacache == (request.cache == "teacache"):
+        return request
+    if "use_teacache" in request.model_fields_set:
+        raise RequestError(
+            f"`use_teacache` {_show(request.use_teacache)} and `cache` {request.cache} contradict each "
+            "other; give one of them."
+        )
+    return request.model_copy(update={"use_teacache": not request.use_teacache})
+
+
+def _absent(values: dict[str, Any]) -> list[dict]:
+    """The fault of having nothing to begin with, in pydantic's form."""
+    if any(values.get(name) is not None for name in ("input_image", "start", "resume_latents")):
+        return []
+    return [{"type": NOTHING_TO_START_WITH, "loc": ("input_image",), "input": None}]
 
 
 def _check_size(what: str, value: Any) -> None:
@@ -212,14 +320,12 @@ def _check_size(what: str, value: Any) -> None:
         raise RequestError(f"{what} has too many fields ({len(value)}).")
 
 
-def _sentence(error: ValidationError, *before: str) -> str:
-    """Of the faults in `before` and of those in `error`."""
+def _sentence(found: list[dict]) -> str:
     faults: dict[str, dict] = {}  # a union of types reports each member; the first is enough
-    for fault in error.errors(include_url=False):
+    for fault in found:
         faults.setdefault(_path(fault), fault)
-    room = MAX_LISTED_ERRORS - len(before)
-    shown = [*before, *(_fault(fault) for fault in [*faults.values()][:room])]
-    more = len(before) + len(faults) - len(shown)
+    shown = [_fault(fault) for fault in [*faults.values()][:MAX_LISTED_ERRORS]]
+    more = len(faults) - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more else "") + "."
 
 
@@ -233,6 +339,8 @@ def _fault(fault: dict[str, Any]) -> str:
         near = difflib.get_close_matches(part or field, known, n=1)
         return f"`{_short(name)}` is not a known field" + (f" (did you mean `{near[0]}`?)" if near else "")
     match kind:
+        case _ if kind == NOTHING_TO_START_WITH:
+            return kind
         case "missing":
             return f"`{name}` is required"
         case "greater_than_equal":

@@ -69,6 +69,8 @@ def _nested(depth: int, as_list: bool) -> Any:
     return value
 
 
+ONE_OF = ("input_image", "resume_latents")  # what a job can begin with
+
 DEEP = st.builds(_nested, st.sampled_from([2, 50, 400]), st.booleans())
 
 
@@ -125,13 +127,16 @@ def _limit(field: FieldInfo, name: str) -> Any:
 def good_objects(draw: Any, model: type[BaseModel] = VideoRequest) -> dict:
     """What is required and some of the rest, each under one of its names."""
     required = [name for name, field in model.model_fields.items() if field.is_required()]
+    if model is VideoRequest:
+        required.append(draw(st.sampled_from(ONE_OF)))
     optional = [name for name in model.model_fields if name not in required]
     chosen = draw(st.lists(st.sampled_from(optional), unique=True))
     if model is VideoRequest:
         chosen = draw(_going_together(chosen))
     data = {}
     for name in draw(st.permutations([*required, *chosen])):
-        value = draw(good_values(model.model_fields[name]))
+        values = good_values(model.model_fields[name])
+        value = draw(values.filter(lambda value: value is not None) if name in ONE_OF else values)
         data[draw(st.sampled_from(_names_of(model, name)))] = planted(value) if name in SECRETS else value
     return data
 

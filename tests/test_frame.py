@@ -243,7 +243,7 @@ def sampled(models, monkeypatch, request, image=None, end_image=None, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(core.pipeline.sampling, "pack_history", spy)
-        patch.setattr(core.pipeline, "save_bcthw_as_mp4", lambda clips, *_: len(list(clips)))
+        patch.setattr(core.pipeline, "save_video", lambda clips, *_: len(list(clips)))
         generate_video_sync(
             models, image, request, "unused.mp4", end_image=end_image, on_section=sections.append, **options
         )
@@ -292,9 +292,14 @@ def test_what_an_end_image_changes(mode, tiny_models, monkeypatch):
     """The place of the nearest history frame in the first section sampled; nothing else there."""
     encoded, embedded = [], []
 
-    def encode(image, vae, generator, device):
-        encoded.append((image, torch.randn(1, 16, 1, 8, 10, generator=generator)))  # a VAE that draws
-        return encoded[-1][1]
+    def encode(image, vae, device):
+        """A VAE whose latents are nothing but the draw."""
+
+        def draw(generator):
+            encoded.append((image, torch.randn(1, 16, 1, 8, 10, generator=generator)))
+            return encoded[-1][1]
+
+        return SimpleNamespace(draw=draw)
 
     embed = core.pipeline.conditioning.clip_vision.encode_image
 
@@ -349,7 +354,7 @@ def test_what_an_end_image_changes(mode, tiny_models, monkeypatch):
 
 @pytest.mark.usefixtures("quick_decode")
 def test_a_job_with_an_end_image(tiny_models):
-    data = SHORT | {"input_image": IMAGE, "width": 80, "height": 64, "mp4_crf": 0}
+    data = SHORT | {"input_image": IMAGE, "width": 80, "height": 64, "mp4_crf": 0, "embed_parameters": False}
     plain = run_job(data, tiny_models)
     ended = run_job(data | {"end_image": f"data:image/png;base64,{END}"}, tiny_models)
     assert plain["video_base64"] != ended["video_base64"]

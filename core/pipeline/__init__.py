@@ -16,17 +16,20 @@ import torch
 
 from core.deadline import Deadline
 from core.errors import TimeLimitError, VideoEncodingError
+from core.file_format import codec_of
 from core.frame import check_direction, end_picture, frame_size, start_picture
 from core.pipeline.capacity import check_capacity
-from core.pipeline.conditioning import encode_conditioning
+from core.pipeline.checkpoint import Checkpoint, Recorder
+from core.pipeline.conditioning import Conditioning, encode_conditioning
 from core.pipeline.decoding import VideoDecoder
 from core.pipeline.models import Models, initialize_models
-from core.pipeline.sampling import SampledSection, sample_sections
-from core.pipeline.sections import FPS, Section, SectionPlan, plan_sections
+from core.pipeline.sampling import SampledSection, sample_sections, schedule_mu
+from core.pipeline.sections import Section, SectionPlan, plan_sections
 from core.progress import Pace, Progress
 from core.request import VideoRequest
 from core.timing import JobTimer
-from core.video import save_bcthw_as_mp4
+from core.video import VideoFile, first_frame_jpeg, save_video
+from diffusers_helper.blending import first_frames
 from diffusers_helper.preview import LatentPreview
 
 __all__ = ["GeneratedVideo", "Models", "generate_video_sync", "initialize_models"]
@@ -43,7 +46,10 @@ class GeneratedVideo:
     plan: SectionPlan
     sections: int  # finished; fewer than planned only where the time ran out and `partial` was asked
     tiled_decode: bool
+    shift: float  # of the noise schedule
     warnings: tuple[str, ...]
+    poster: bytes | None  # a JPEG of the first frame, where it was asked for
+    conditioning: Conditioning
 
 
 def generate_video_sync(
@@ -61,8 +67,12 @@ def generate_video_sync(
     on_section: Callable[[SampledSection], None] = lambda sampled: None,
     frugal: bool = False,
     spare_filename: Callable[[], Path] | None = None,
+    shared: Conditioning | None = None,
+    embed: Callable[[dict[str, Any]], str] | None = None,
+    recorder: Recorder | None = None,
+    resumed: Checkpoint | None = None,
 ) -> GeneratedVideo:
-    """Animate `input_image` (H, W, 3) uint8 as `request` asks and write the MP4 to `output_filename`.
+    """Animate `input_image` (H, W, 3) uint8 as `request` asks and write the file to `output_filename`.
 
     Without one the video starts with the picture that the request's `start` names. `end_image`, of any size
     too, is what the video leads up to. Raises TooLargeForMemoryError before anything is computed.
@@ -71,6 +81,9 @@ def generate_video_sync(
     latents; `frugal` spends time for memory (no transformer block kept on the GPU in swap mode, a tiled VAE).
     Encoding that fails is tried once more, at `spare_filename()`. Once `deadline` has passed no further step
     or decode starts: TimeLimitError, or where the request says `partial` the sections finished by then.
+    `shared` is the conditioning of an earlier video of the same request; `embed` makes a text for the file
+    from the parameters that were only decided here.
+    `recorder` has what can be gone on from; `resumed` is what to go on from, and its image the `input_image`.
     Reproduces the official `worker`, except that the start latent follows from the seed.
     """
     seed = request.seed if seed is None else seed
@@ -78,9 +91,11 @@ def generate_video_sync(
     deadline = deadline or Deadline()
     direction = request.model or models.profile.direction
     check_direction(request, direction)
-    plan = plan_sections(request.total_second_length, request.latent_window_size, direction)
+    plan = plan_sections(
+        request.total_second_length, request.latent_window_size, direction, request.exact_length
+    )
     progress = Progress(sections=len(plan.sections), steps=request.steps)
-    pace = Pace(len(plan.sections) * request.steps)
+    pace = Pace(len(plan.sections) * request.steps, given=resumed.count * request.steps if resumed else 0)
 
     def check() -> None:
         check_cancelled()
@@ -101,17 +116,28 @@ def generate_video_sync(
     end_image = end_picture(request, end_image, height, width)
 
     stage("encode")
-    conditioning = encode_conditioning(models, image, request, seed, timer, end_image)
+    if shared is None or request.start == "noise":  # which is another picture for each seed
+        conditioning = encode_conditioning(models, image, request, seed, timer, end_image)
+    else:
+        conditioning = shared.for_seed(seed)
+    if resumed:
+        conditioning = conditioning.starting_at(resumed.start_latent)
+    if recorder:
+        recorder.begin(image, conditioning.start_latent)
+    shift = math.exp(schedule_mu(models, request, (plan.window, *conditioning.start_latent.shape[-2:])))
     preview_of = _previews(conditioning.start_latent, image) if request.preview else lambda x0: None
 
-    decoder = VideoDecoder(models, plan, timer, force_tiling=frugal)
+    path = Path(output_filename)
+    decoder = VideoDecoder(models, plan, timer, path.parent, force_tiling=frugal)
     preserved_gb = math.inf if frugal else request.gpu_memory_preservation
     try:
         stage("sample", section=1)
         for sampled in sample_sections(
-            models, plan, conditioning, request, seed, timer, on_step, preserved_gb=preserved_gb
+            models, plan, conditioning, request, seed, timer, on_step, preserved_gb, resumed
         ):
             on_section(sampled)
+            if recorder:
+                recorder.add(sampled.latents, sampled.generator_state)
             stage("decode", sampled.section.index + 1, request.steps, preview=preview_of(sampled.latents))
             decoder.add(sampled.to_decode, check)
     except TimeLimitError as error:
@@ -119,19 +145,25 @@ def generate_video_sync(
             raise _with_sections(error, decoder.sections, plan) from None
         timer.drop_sections(decoder.sections)
 
+    whole = decoder.sections == len(plan.sections)
+
     def finished_clips() -> Iterator[torch.Tensor]:
-        for clip in decoder.clips():
+        clips = decoder.clips()
+        if whole and plan.exact_frames is not None:
+            clips = first_frames(clips, plan.exact_frames)
+        for clip in clips:
             check_cancelled()
             yield clip
 
     report(progress.at("mp4_encode", section=decoder.sections, step=request.steps))
     with timer.span("mp4_encode"):
-        path = Path(output_filename)
+        file = _file(request, embed({"shift": shift}) if embed else None)
         try:
-            frames = save_bcthw_as_mp4(finished_clips(), path, FPS, request.mp4_crf)
+            frames = save_video(finished_clips(), path, file)
         except VideoEncodingError:
             path = spare_filename() if spare_filename else path
-            frames = save_bcthw_as_mp4(finished_clips(), path, FPS, request.mp4_crf)
+            frames = save_video(finished_clips(), path, file)
+        poster = first_frame_jpeg(finished_clips()) if request.poster else None
     return GeneratedVideo(
         path=path,
         width=width,
@@ -140,8 +172,16 @@ def generate_video_sync(
         plan=plan,
         sections=decoder.sections,
         tiled_decode=decoder.tiled,
+        shift=shift,
         warnings=conditioning.warnings,
+        poster=poster,
+        conditioning=conditioning,
     )
+
+
+def _file(request: VideoRequest, embedded: str | None) -> VideoFile:
+    codec = codec_of(request.format, request.codec)
+    return VideoFile(request.format, codec, request.fps, request.mp4_crf, embedded)
 
 
 def _previews(start_latent: torch.Tensor, image: np.ndarray) -> Callable[[torch.Tensor], Callable[[], str]]:

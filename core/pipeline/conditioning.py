@@ -1,6 +1,7 @@
 """A request's prompt and images → everything the transformer is conditioned on."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,13 +20,51 @@ END_SEED_MASK = 0x9E3779B9
 
 
 @dataclass(frozen=True)
+class ImageLatent:
+    """An image's latent, and what it takes to draw it anew for another seed."""
+
+    latent: torch.Tensor  # (1, 16, 1, H/8, W/8), float32 on the CPU
+    posterior: vae.ImagePosterior
+    mixed_seed: Callable[[int], int]
+    strength: float = 1.0
+
+    @classmethod
+    def of(
+        cls, posterior: vae.ImagePosterior, seed: int, mixed_seed: Callable[[int], int], strength: float = 1.0
+    ) -> "ImageLatent":
+        generator = torch.Generator("cpu").manual_seed(mixed_seed(seed))
+        return cls(strength * posterior.draw(generator).float().cpu(), posterior, mixed_seed, strength)
+
+    def drawn(self, seed: int) -> "ImageLatent":
+        return self.of(self.posterior, seed, self.mixed_seed, self.strength)
+
+
+@dataclass(frozen=True)
 class Conditioning:
     positive: PromptEmbeds  # in the transformer's dtype
     negative: PromptEmbeds  # zeros where cfg is 1; then never used
     image_embeds: torch.Tensor  # (1, patches, D), in the transformer's dtype
-    start_latent: torch.Tensor  # (1, 16, 1, H/8, W/8), float32 on the CPU
-    end_latent: torch.Tensor | None  # the same of the end image, times its strength
+    start: ImageLatent
+    end: ImageLatent | None  # of the end image
     warnings: tuple[str, ...]
+
+    @property
+    def start_latent(self) -> torch.Tensor:
+        """(1, 16, 1, H/8, W/8), float32 on the CPU."""
+        return self.start.latent
+
+    @property
+    def end_latent(self) -> torch.Tensor | None:
+        """The same of the end image, times its strength."""
+        return self.end and self.end.latent
+
+    def starting_at(self, latent: torch.Tensor) -> "Conditioning":
+        """The same with this start latent, which an earlier job had."""
+        return replace(self, start=replace(self.start, latent=latent))
+
+    def for_seed(self, seed: int) -> "Conditioning":
+        """The same for another seed: only the latents of the images depend on it."""
+        return replace(self, start=self.start.drawn(seed), end=self.end and self.end.drawn(seed))
 
 
 def encode_conditioning(
@@ -37,14 +76,16 @@ def encode_conditioning(
     end_image: np.ndarray | None = None,
 ) -> Conditioning:
     """Encode the prompts and the images, which must have their final size (H, W, 3)."""
-    end_latent = None
+    end = None
     with timer.span("text_encode"), models.on_device("text_encoder", "text_encoder_2"):
         positive = _encode(models, request.prompt)
         negative = positive.zeros_like() if request.cfg == 1 else _encode(models, request.n_prompt)
     with timer.span("vae_encode"), models.on_device("vae"):
-        start_latent = _latent(models, image, VAE_SEED_OFFSET + seed)
+        posterior = vae.encode_image(image, models.vae, models.device)
+        start = ImageLatent.of(posterior, seed, _start_seed)
         if end_image is not None:
-            end_latent = request.end_image_strength * _latent(models, end_image, END_SEED_MASK ^ seed)
+            posterior = vae.encode_image(end_image, models.vae, models.device)
+            end = ImageLatent.of(posterior, seed, _end_seed, request.end_image_strength)
     with timer.span("clip_vision"), models.on_device("image_encoder"):
         image_embeds = _image_embeds(models, image)
         if end_image is not None and request.end_image_mode == "embedding":
@@ -55,8 +96,8 @@ def encode_conditioning(
         positive=positive.to(*target),
         negative=negative.to(*target),
         image_embeds=image_embeds.to(*target),
-        start_latent=start_latent,
-        end_latent=end_latent,
+        start=start,
+        end=end,
         warnings=tuple(
             f"`{name}` is longer than the 256 tokens the model reads; the rest was ignored."
             for name, embeds in (("prompt", positive), ("n_prompt", negative))
@@ -65,9 +106,12 @@ def encode_conditioning(
     )
 
 
-def _latent(models: Models, image: np.ndarray, seed: int) -> torch.Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return vae.encode_image(image, models.vae, generator, models.device).float().cpu()
+def _start_seed(seed: int) -> int:
+    return VAE_SEED_OFFSET + seed
+
+
+def _end_seed(seed: int) -> int:
+    return END_SEED_MASK ^ seed
 
 
 def _image_embeds(models: Models, image: np.ndarray) -> torch.Tensor:

@@ -15,18 +15,17 @@ from torch import nn
 from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
-    LlamaModel,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
     SiglipVisionModel,
 )
 
 from core.errors import ModelError
-from core.pipeline import weights
+from core.pipeline import magnitudes, weights
 from core.pipeline.profiles import Direction, ModelProfile, Source, load_profile
 from core.settings import Settings
 from diffusers_helper import memory
-from diffusers_helper.text import template_crop
+from diffusers_helper.text import PromptEncoder, template_crop
 from diffusers_helper.transformer import FramePackTransformer
 from diffusers_helper.vae import attend_framewise
 
@@ -42,7 +41,8 @@ class Models:
     """All models of one worker. One job at a time may use them.
 
     Attributes are the hub folders' names: tokenizer, text_encoder, tokenizer_2, text_encoder_2, vae,
-    feature_extractor, image_encoder; `transformer` is the one for `direction`.
+    feature_extractor, image_encoder; `transformer` is the one for `direction`, `magnitudes` are its curves
+    for MagCache.
     """
 
     def __init__(
@@ -72,12 +72,13 @@ class Models:
         self.feature_extractor = _load(SiglipImageProcessorPil, redux / "feature_extractor")
         with _naming(hunyuan / "tokenizer"):
             template_crop(self.tokenizer)
-        self.text_encoder = _load_weights(LlamaModel, hunyuan / "text_encoder", dtype=half)
+        self.text_encoder = _load_weights(PromptEncoder, hunyuan / "text_encoder", dtype=half)
         self.text_encoder_2 = _load_weights(CLIPTextModel, hunyuan / "text_encoder_2", dtype=half)
         self.vae = _load_weights(AutoencoderKLHunyuanVideo, hunyuan / "vae", torch_dtype=half)
         attend_framewise(self.vae)
         self.image_encoder = _load_weights(SiglipVisionModel, redux / "image_encoder", dtype=half)
         self.direction: Direction = profile.direction
+        self.magnitudes: magnitudes.Curves = {}
         self.transformer: FramePackTransformer | None = self._load_transformer(transformer)
 
         self.memory_mode = ""
@@ -162,6 +163,7 @@ class Models:
     def _load_transformer(self, folder: Path) -> FramePackTransformer:
         model = _load_weights(FramePackTransformer, folder, torch_dtype=self.transformer_dtype)
         model.output_in_float32()
+        self.magnitudes = magnitudes.curves_of(folder, model.config)
         return model
 
 
