@@ -22,6 +22,7 @@ from core.job import run_job
 from core.pipeline import generate_video_sync
 from core.pipeline.capacity import available_memory, check_capacity, section_tokens
 from core.pipeline.sections import plan_sections
+from core.reproduce import request_of
 from core.request import VideoRequest, parse_request
 from core.worker import Worker
 from diffusers_helper.buckets import resize_and_center_crop, sides_of_ratio
@@ -510,9 +511,12 @@ class TestOnAGpu:
 
     def test_the_finished_video_is_in_the_machines_memory(self, models, monkeypatch):
         self.free(monkeypatch, 80)
-        monkeypatch.setattr("core.pipeline.capacity.available_memory", lambda: 4 * GIB)
-        with pytest.raises(TooLargeForMemoryError, match=r"GB of memory, and 4.0 GB can be had"):
-            check_capacity(models, plan_sections(120, 9, "i2v"), 1360, 1360)
+        long = plan_sections(120, 9, "i2v")
+        monkeypatch.setattr("core.pipeline.capacity.available_memory", lambda: 2 * GIB)
+        check_capacity(models, long, 1360, 1360)  # what is over a gigabyte waits on the disk
+        monkeypatch.setattr("core.pipeline.capacity.available_memory", lambda: GIB // 2)
+        with pytest.raises(TooLargeForMemoryError, match=r"0.9 GB of memory, and 0.5 GB can be had"):
+            check_capacity(models, long, 1360, 1360)
 
 
 def test_tokens_of_a_section():
@@ -529,3 +533,49 @@ def test_available_memory_is_read_or_infinite(monkeypatch, tmp_path):
     assert available_memory() == float("inf")
     info.write_text("MemTotal:       24684092 kB\nMemAvailable:   16375072 kB\n")
     assert available_memory() == 16375072 * 1024
+
+
+# with what else a job may ask for
+
+
+@pytest.mark.usefixtures("quick_decode")
+@pytest.mark.parametrize("fields", [{"input_image": IMAGE, "end_image": END}, {"start": "noise"}])
+def test_each_of_several_outputs_is_what_its_seed_alone_gives(fields, tiny_models):
+    data = SHORT | fields | {"width": 80, "height": 64, "seed": 5, "steps": 1, "embed_parameters": False}
+    both = run_job(data | {"num_outputs": 2}, tiny_models)["outputs"]
+    alone = [run_job(data | {"seed": seed}, tiny_models) for seed in (5, 6)]
+    assert [one["video_base64"] for one in both] == [one["video_base64"] for one in alone]
+    assert both[0]["video_base64"] != both[1]["video_base64"]
+
+
+@pytest.mark.usefixtures("quick_decode")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"input_image": IMAGE, "end_image": END, "width": 80, "height": 64},
+        {"start": "noise", "aspect_ratio": "2:1", "resolution": 256},
+    ],
+)
+def test_latents_are_gone_on_from(fields, tiny_models):
+    data = SHORT | fields | {"steps": 1, "embed_parameters": False}
+    made = run_job(data | {"return_latents": True}, tiny_models)
+    rest = {name: value for name, value in data.items() if name != "input_image"}
+    again = run_job(rest | {"resume_latents": made["latents_base64"]}, tiny_models)
+    assert again["resumed_sections"] == again["sections"]
+    assert again["video_base64"] == made["video_base64"]
+
+
+@pytest.mark.usefixtures("quick_decode")
+def test_a_file_names_both_images_and_is_made_again(tiny_models, tmp_path):
+    data = SHORT | {"input_image": IMAGE, "end_image": END, "width": 80, "height": 64, "steps": 1}
+    made = run_job(data, tiny_models)
+    path = tmp_path / "video.mp4"
+    path.write_bytes(base64.b64decode(made["video_base64"]))
+    files = []
+    for name in ("input_image", "end_image"):
+        files.append(tmp_path / f"{name}.png")
+        files[-1].write_bytes(base64.b64decode(data[name]))
+    found = request_of(path, files)["input"]
+    assert (found["input_image"], found["end_image"]) == (data["input_image"], data["end_image"])
+    assert run_job(found, tiny_models)["video_base64"] == made["video_base64"]
+    assert request_of(path, files[1:])["input"]["input_image"].startswith("sha256:")

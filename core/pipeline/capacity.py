@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from core.errors import TooLargeForMemoryError
+from core.pipeline.clips import IN_MEMORY
 from core.pipeline.decoding import decode_bytes
 from core.pipeline.models import Models
 from core.pipeline.sections import HISTORY, SectionPlan, frames_of
@@ -16,14 +17,14 @@ from diffusers_helper import memory
 
 MEMORY_INFO = Path("/proc/meminfo")
 CPU_SHARE = 0.5  # of what a GPU takes; measured with a VAE of 8 channels at 512×512 (1.0 GB)
-TOKEN_PEAK = 19.0  # hidden states alive at once; 18.6 were measured at 640×608 and W = 9 (2.0 GB)
+TOKEN_PEAK = 19.0  # hidden states alive at once: 2.0 GB beside the weights at 640×608 and W = 9
 
 
 def check_capacity(models: Models, plan: SectionPlan, height: int, width: int) -> None:
     """Raises TooLargeForMemoryError where the GPU, or the machine's own memory, cannot hold the job."""
     device = models.device
     needed = max(sampling_bytes(models, plan, height, width), decoding_bytes(models, plan, height, width))
-    video = 3 * height * width * plan.frames  # kept as bytes until the MP4 is written
+    video = min(3 * height * width * plan.frames, IN_MEMORY)  # as bytes, until the file is written
     if device.type == "cpu":
         _check(video + needed, available_memory(), "memory", plan, height, width)
     else:
