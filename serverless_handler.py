@@ -20,6 +20,7 @@ STATUS_OF_CODE = {
     "invalid_latents": 400,
     "latents_mismatch": 409,
     "latents_not_found": 404,
+    "too_large_for_memory": 413,
     "url_refused": 400,
     "download_failed": 502,
     "download_too_large": 413,

@@ -33,10 +33,12 @@ from benchmarks.official import OfficialDemo, twins
 from benchmarks.timed_job import KeptVideo, TimedJob, run_ours
 from core.pipeline import Models
 from core.pipeline.conditioning import encode_conditioning
+from core.pipeline.encoding import Encoder
 from core.pipeline.models import MODULES
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import plan_sections
 from core.request import parse_request
+from core.settings import Settings
 from core.timing import JobTimer
 from core.worker import Worker
 from diffusers_helper.memory import GB, weight_bytes
@@ -175,7 +177,9 @@ class JobFloors:
 
 def job_floors(models: Models, fields: dict, evaluation: float, image: np.ndarray, rates: Rates) -> JobFloors:
     request = parse_request(fields)
-    encode = flop_of(lambda: encode_conditioning(models, image, request, request.seed, JobTimer()))
+    plan = plan_sections(request.total_second_length, request.latent_window_size, models.direction)
+    encoder = Encoder(models, JobTimer())
+    encode = flop_of(lambda: encode_conditioning(models, image, plan, request, request.seed, encoder))
 
     def decode(frames: int) -> float:
         latents = torch.zeros(1, 16, frames, HEIGHT // 8, WIDTH // 8)
@@ -265,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measured_rows(options: argparse.Namespace, asked: set[str]) -> list[Row]:
     """All but the cold load: on models that are loaded once."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    models = Models(profile_of(options.models), device, "resident")
+    models = Models(profile_of(options.models), device, "resident", Settings(encoding_cache_mb=0))
     weights = sum(weight_bytes(getattr(models, name)) for name in MODULES) / GB
     rates = measured_rates(device)
     print(f"{weights:.1f} GB of weights; {rates.flops / 1e12:.3g} TFLOP/s, {rates.bandwidth / 1e9:.4g} GB/s")

@@ -21,6 +21,7 @@ from core.errors import WorkerError
 from core.images import decode_image
 from core.pipeline import Models, initialize_models
 from core.pipeline.conditioning import encode_conditioning
+from core.pipeline.encoding import Encoder
 from core.pipeline.magnitudes import write
 from core.pipeline.sampling import sample_sections
 from core.pipeline.sections import plan_sections
@@ -80,7 +81,7 @@ def measure(models: Models, image: np.ndarray, request: VideoRequest) -> Magnitu
     for _ in sample_sections(
         models,
         plan,
-        encode_conditioning(models, image, request, seed, timer),
+        encode_conditioning(models, image, plan, request, seed, Encoder(models, timer)),
         request,
         seed,
         timer,

@@ -7,6 +7,7 @@ WorkerError                        internal_error
 │   ├── LatentsError               invalid_latents
 │   │   ├── LatentsMismatchError   latents_mismatch
 │   │   └── LatentsNotFoundError   latents_not_found
+│   ├── TooLargeForMemoryError     too_large_for_memory
 │   ├── UrlRefusedError            url_refused
 │   └── DownloadError              download_failed
 │       └── DownloadTooLargeError  download_too_large
@@ -69,6 +70,12 @@ class LatentsMismatchError(LatentsError):
 
 class LatentsNotFoundError(LatentsError):
     code = "latents_not_found"
+
+
+class TooLargeForMemoryError(RequestError):
+    """A frame, section or length that this worker's memory cannot hold in any mode."""
+
+    code = "too_large_for_memory"
 
 
 class UrlRefusedError(RequestError):

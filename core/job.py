@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,15 +19,16 @@ import torch
 from core.deadline import Deadline
 from core.delivery import Deliver, inlined, inlined_bytes
 from core.embedding import embedded
-from core.errors import OutOfMemoryError
+from core.errors import OutOfMemoryError, RequestError
 from core.fetch import fetch_url
 from core.ffmpeg import check_encoder
 from core.file_format import FORMATS, codec_of, inert_fields
+from core.frame import check_direction, frame_size, inert_frame_fields
 from core.images import Fetch, decode_image
 from core.keyframes import Keyframe, decode_keyframes
 from core.latents import check_transformer
 from core.outputs import Failure, Made, Turn, all_warnings, make_outputs
-from core.pipeline import GeneratedVideo, Models, Report, frame_size, generate_video_sync
+from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
 from core.pipeline.caching import cache_threshold, step_caches
 from core.pipeline.checkpoint import Checkpoint
 from core.progress import Progress
@@ -62,22 +63,23 @@ def run_job(
     timer = JobTimer(wait=_gpu_wait(models.device), on_stage=_log_stage)
     request = parse_request(data)
     check_encoder(codec_of(request.format, request.codec), request.format)
+    direction = request.model or models.profile.direction
+    check_direction(request, direction)
     deadline = Deadline(min(request.timeout_s or math.inf, settings.job_timeout_s))
     report(Progress())
     fetch = _fetcher(settings, deadline, check_cancelled)
-    image_file = hashlib.sha256()
-    image = saved = None
+    saved = None
     with timer.span("input"):
-        if request.input_image:
-            image = decode_image(request.input_image, fetch, on_file=image_file.update)
+        images, sums = _images(request, fetch)
         if request.resume_latents:
-            saved = open_saved(request, image, models, settings, fetch)
-            image = saved.checkpoint.image
-        size = frame_size(models, image, request)
+            saved = open_saved(request, images.get("input_image"), models, settings, fetch)
+            images["input_image"] = saved.checkpoint.image
+        resolution = request.resolution or models.profile.resolution
+        size = frame_size(request, images.get("input_image"), resolution)
         keyframes = decode_keyframes(request.sections, fetch, size, check_cancelled)
     seed = saved.seed if saved else _seed(request)
     with timer.span("model_load"):
-        models.use_direction(request.model or models.profile.direction)
+        models.use_direction(direction)
     if saved:
         check_transformer(saved, models)
     step_caches(request, models.direction, models.magnitudes)  # refuses what the model cannot have
@@ -88,9 +90,9 @@ def run_job(
         models,
         settings,
         request,
-        image,
+        images,
+        sums,
         keyframes,
-        image_file.hexdigest() if request.input_image else None,
         saved.checkpoint if saved else None,
         job_id,
         deadline,
@@ -109,14 +111,19 @@ class _Job:
     models: Models
     settings: Settings
     request: VideoRequest
-    image: np.ndarray
-    keyframes: Mapping[int, Keyframe]  # by their places in the request's `sections`
-    image_sha256: str | None  # of the file; None where there is only a checkpoint's image
+    images: dict[str, np.ndarray]  # by field
+    sums: dict[str, str]  # SHA-256 of their files, as far as there are any
+    keyframes: dict[int, Keyframe]  # by their places in the request's `sections`
     resumed: Checkpoint | None
     job_id: str
     deadline: Deadline
     check_cancelled: Callable[[], None]
     deliver: Deliver
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether the parameters and the images' files make the video again."""
+        return self.request.start is not None or "input_image" in self.sums
 
     def make(self, turn: Turn) -> Made:
         """One video, generated and delivered; its file is gone when this returns."""
@@ -134,14 +141,15 @@ class _Job:
             def embed(decided: dict) -> str:
                 alone = _parameters(self.request, turn.seed, self.models, self.keyframes)
                 alone |= {"num_outputs": 1} | decided
-                return embedded(alone, self.models.profile.name, self.image_sha256)
+                return embedded(alone, self.models.profile.name, self.sums)
 
             def generate(frugal: bool = False) -> GeneratedVideo:
                 return generate_video_sync(
                     self.models,
-                    self.image,
+                    self.images.get("input_image"),
                     self.request,
                     output_filename,
+                    end_image=self.images.get("end_image"),
                     keyframes={place: keyframe.pixels for place, keyframe in self.keyframes.items()},
                     seed=turn.seed,
                     timer=turn.timer,
@@ -152,7 +160,7 @@ class _Job:
                     # elsewhere than where the encoding failed: on the volume, if there is one
                     spare_filename=lambda: temporary_file(self.settings.volume),
                     shared=turn.shared,
-                    embed=embed if self.request.embed_parameters and self.image_sha256 else None,
+                    embed=embed if self.request.embed_parameters and self.reproducible else None,
                     recorder=handover.recorder if self.request.return_latents else None,
                     resumed=self.resumed,
                 )
@@ -251,7 +259,7 @@ def _seed(request: VideoRequest) -> int:
     return random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
 
 
-def _parameters(request: VideoRequest, seed: int, models: Models, keyframes: Mapping[int, Keyframe]) -> dict:
+def _parameters(request: VideoRequest, seed: int, models: Models, keyframes: dict[int, Keyframe]) -> dict:
     used = echo_of(request)
     for place, keyframe in keyframes.items():
         used["sections"][place]["image"] = f"sha256:{keyframe.sha256}"
@@ -259,7 +267,7 @@ def _parameters(request: VideoRequest, seed: int, models: Models, keyframes: Map
         "seed": seed,
         "codec": codec_of(request.format, request.codec),
         "model": models.direction,
-        "resolution": request.resolution or models.profile.resolution,
+        "resolution": None if request.width else request.resolution or models.profile.resolution,
         "cache": request.cache_kind,
         "cache_threshold": cache_threshold(request),
     }
@@ -278,7 +286,7 @@ def _warnings(
     if request.partial and request.timeout_s is None and settings.job_timeout_s == math.inf:
         warnings.append("`partial` had no effect: the job has no time limit (`timeout_s`).")
     given = request.model_fields_set
-    warnings += inert_fields(request.format, given)
+    warnings += inert_frame_fields(request) + inert_fields(request.format, given)
     if request.exact_length and video.sections < planned:
         warnings.append("`exact_length` had no effect: the video is partial, and not as long as asked.")
     if request.cfg == 1:
@@ -297,6 +305,24 @@ def _warnings(
     elif video.tiled_decode:
         warnings.append("The video was decoded in tiles to fit the GPU's memory; seams are blended.")
     return warnings
+
+
+def _images(request: VideoRequest, fetch: Fetch) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The request's images by field, (H, W, 3) uint8 each, and the SHA-256 of their files."""
+
+    def fetch_end(url: str, max_bytes: int) -> bytes:
+        try:
+            return fetch(url, max_bytes)
+        except RequestError as error:  # of two URLs, this one
+            raise type(error)(f"`end_image`: {error}") from error
+
+    images, sums = {}, {}
+    for name, get in (("input_image", fetch), ("end_image", fetch_end)):
+        if (text := getattr(request, name)) is not None:
+            file = hashlib.sha256()
+            images[name] = decode_image(text, get, file.update, name.replace("_", " "))
+            sums[name] = file.hexdigest()
+    return images, sums
 
 
 def _inert_choices(request: VideoRequest, timer: JobTimer) -> list[str]:

@@ -34,10 +34,10 @@ def decode_keyframes(
         if section.image is None:
             continue
         check_cancelled()
-        name, file = f"The image of `sections[{place}]`", hashlib.sha256()
+        file = hashlib.sha256()
         try:
-            pixels = decode_image(section.image, fetch, name, file.update)
+            pixels = decode_image(section.image, fetch, file.update, f"image of `sections[{place}]`")
         except (UrlRefusedError, DownloadError) as error:
-            raise type(error)(f"{name} could not be fetched: {error}") from None
+            raise type(error)(f"`sections[{place}].image`: {error}") from None
         keyframes[place] = Keyframe(resize_and_center_crop(pixels, *size), file.hexdigest())
     return keyframes

@@ -19,12 +19,13 @@ import safetensors.torch
 import torch
 
 from core.errors import LatentsError, LatentsMismatchError
+from core.frame import frame_size
 from core.pipeline.caching import cache_threshold
 from core.pipeline.checkpoint import Checkpoint
 from core.pipeline.models import Models
 from core.pipeline.sections import plan_sections
 from core.request import MAX_SEED, SECRETS, VideoRequest
-from diffusers_helper.buckets import nearest_bucket, resize_and_center_crop
+from diffusers_helper.buckets import resize_and_center_crop
 
 FORMAT = "framepack-latents-1"
 TENSORS = ("generator_state", "history", "image", "start_latent")
@@ -109,7 +110,8 @@ def most_bytes(request: VideoRequest, models: Models) -> int:
     """What the largest file may have that this request can go on from."""
     resolution = request.resolution or models.profile.resolution
     plan = plan_sections(request.total_second_length, request.latent_window_size, "f1", request.exact_length)
-    pixels = resolution * resolution
+    height, width = frame_size(request, None, resolution)
+    pixels = height * width
     latent_frames = len(plan.sections) * plan.window + 1
     latent_frame = CHANNELS * pixels // 64 * torch.float32.itemsize
     return latent_frames * latent_frame + 3 * pixels + 2 * MAX_HEADER_BYTES
@@ -142,13 +144,11 @@ def check_latents(saved: SavedLatents, request: VideoRequest, job: dict, image: 
     _check_length(saved, job)
     began = saved.checkpoint.image
     height, width = began.shape[:2]
-    if nearest_bucket(height, width, job["resolution"]) != (height, width):
-        raise LatentsMismatchError(
-            f"The latents are of {width}×{height} pixels, no size of `resolution` {job['resolution']}."
-        )
+    if frame_size(request, began, job["resolution"]) != (height, width):
+        raise LatentsMismatchError(f"The latents are of {width}×{height} pixels, not of the size asked for.")
     if image is None:
         return
-    if nearest_bucket(*image.shape[:2], job["resolution"]) != (height, width):
+    if frame_size(request, image, job["resolution"]) != (height, width):
         raise LatentsMismatchError("The latents were made from an `input_image` of another shape.")
     if not np.array_equal(resize_and_center_crop(image, height, width), began):
         raise LatentsMismatchError("The latents were made from another `input_image`.")

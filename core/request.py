@@ -18,6 +18,7 @@ from pydantic import (
 
 from core.errors import RequestError
 from core.file_format import check_file
+from core.frame import NOTHING_TO_START_WITH, check_frame
 from core.timeline import MAX_ENTRIES, MAX_SECONDS, read_timeline
 
 MAX_SEED = 2**32 - 1
@@ -95,14 +96,14 @@ class TimedSection(BaseModel):
 
 
 class VideoRequest(BaseModel):
-    """One job: an image and a prompt in, a video out."""
+    """One job: a prompt and an image, or what stands in for it, in; a video out."""
 
     model_config = STRICT
 
     input_image: str | None = _field(
         None,
         "The first frame: base64, a data URI or an https URL of a PNG, JPEG or WebP of at most 20 MB and 50 "
-        "megapixels. Required unless there is `resume_latents`.",
+        "megapixels. Required unless there is `start` or `resume_latents`.",
         aliases=("image", "image_b64", "image_base64", "input_image_b64", "image_url"),
         min_length=1,
         repr=False,
@@ -234,13 +235,46 @@ class VideoRequest(BaseModel):
         repr=False,
     )
 
+    end_image: str | None = _field(
+        None, "What the video leads up to, given as `input_image` is; only for i2v.", min_length=1, repr=False
+    )
+    end_image_strength: float = _field(
+        1.0, "The end image's latent is multiplied by this; 0 is as without.", ge=0, le=1
+    )
+    end_image_mode: Literal["history", "embedding"] = _field(
+        "history",
+        "history: the end image stays behind the video for all sections; embedding: it is there for the "
+        "first one sampled, and its image embedding is averaged with the first frame's.",
+    )
+    start: str | None = _field(
+        None,
+        "A first frame in place of `input_image`: black, white, noise from the seed, or a colour as #rrggbb.",
+        pattern=r"^(black|white|noise|#[0-9A-Fa-f]{6})$",
+    )
+    width: Whole | None = _field(
+        None, "Of the frame, in pixels, with `height`: a multiple of 16.", ge=64, le=2048, multiple_of=16
+    )
+    height: Whole | None = _field(
+        None, "Of the frame, in pixels, with `width`: a multiple of 16.", ge=64, le=2048, multiple_of=16
+    )
+    aspect_ratio: str | None = _field(
+        None,
+        "Of the frame, as 16:9, between 1:4 and 4:1; auto and null: nearest to the image, else square.",
+        pattern=r"^(auto|[1-9][0-9]{0,3}:[1-9][0-9]{0,3})$",
+    )
+
     @property
     def cache_kind(self) -> str:
         """`cache`, or what `use_teacache` says in its place."""
         return self.cache or ("teacache" if self.use_teacache else "none")
 
 
-SECRETS = ("input_image", "s3_config", "resume_latents")  # never shown or echoed
+SECRETS = ("input_image", "end_image", "s3_config", "resume_latents")  # never shown or echoed
+
+FORMS = {
+    "start": "black, white, noise or a colour such as #1a2b3c",
+    "aspect_ratio": "auto or two whole numbers such as 16:9",
+}
 
 ALIASES = {
     alias: name
@@ -281,6 +315,7 @@ def parse_request(data: Any) -> VideoRequest:
         faults += error.errors(include_url=False)
     if faults:
         raise RequestError(_sentence(faults))
+    check_frame(request)
     _check_shift(request)
     _check_resumed(request)
     check_file(request.format, request.codec, request.fps)
@@ -316,9 +351,9 @@ def _with_one_cache(request: VideoRequest) -> VideoRequest:
 
 def _absent(values: dict[str, Any]) -> list[dict]:
     """The fault of having nothing to begin with, in pydantic's form."""
-    if any(values.get(name) is not None for name in ("input_image", "resume_latents")):
+    if any(values.get(name) is not None for name in ("input_image", "start", "resume_latents")):
         return []
-    return [{"type": "missing", "loc": ("input_image",), "input": None}]
+    return [{"type": NOTHING_TO_START_WITH, "loc": ("input_image",), "input": None}]
 
 
 def _check_size(what: str, value: Any) -> None:
@@ -350,6 +385,8 @@ def _fault(fault: dict[str, Any]) -> str:
         near = difflib.get_close_matches(part or field, known, n=1)
         return f"`{_short(name)}` is not a known field" + (f" (did you mean `{near[0]}`?)" if near else "")
     match kind:
+        case _ if kind == NOTHING_TO_START_WITH:
+            return kind
         case "missing":
             return f"`{name}` is required"
         case "greater_than_equal":
@@ -374,6 +411,8 @@ def _fault(fault: dict[str, Any]) -> str:
             return f"`{name}` must be {context['expected']} {got}"
         case "string_unicode":
             return f"`{name}` must be valid Unicode text"
+        case "string_pattern_mismatch" if field in FORMS:
+            return f"`{name}` must be {FORMS[field]} {got}"
         case "string_pattern_mismatch" if part == "endpointUrl":
             return f"`{name}` must be of the form https://host"
         case "string_pattern_mismatch":

@@ -96,6 +96,8 @@ def _of_type(kind: Any, field: FieldInfo) -> SearchStrategy:
     if kind is float:
         return st.floats(low, high, allow_nan=False, allow_infinity=False)
     if kind is str:
+        if field is VideoRequest.model_fields["aspect_ratio"]:
+            return st.sampled_from(["auto", "1:1", "16:9", "9:16", "21:9", "1000:4000"])
         if pattern := _limit(field, "pattern"):
             return st.from_regex(pattern, fullmatch=True)
         return st.text(min_size=_limit(field, "min_length") or 0, max_size=_limit(field, "max_length"))
@@ -148,6 +150,8 @@ def good_objects(draw: Any, model: type[BaseModel] = VideoRequest) -> dict:
         required.append(draw(st.sampled_from(ONE_OF)))
     optional = [name for name in model.model_fields if name not in required]
     chosen = draw(st.lists(st.sampled_from(optional), unique=True))
+    if model is VideoRequest:
+        chosen = draw(_going_together(chosen))
     data = {}
     for name in draw(st.permutations([*required, *chosen])):
         values = good_values(model.model_fields[name])
@@ -155,6 +159,21 @@ def good_objects(draw: Any, model: type[BaseModel] = VideoRequest) -> dict:
         secret = name in SECRETS or (model is TimedSection and name == "image")
         data[draw(st.sampled_from(_names_of(model, name)))] = planted(value) if secret else value
     return data
+
+
+@st.composite
+def _going_together(draw: Any, names: list[str]) -> list[str]:
+    """Of a request's fields `names` those that do not contradict others, and what they need."""
+    start = draw(st.sampled_from(["input_image", "input_image", "start"]))
+    left_out = {"input_image", "start"} - {start}
+    if {"width", "height"} & {*names}:
+        names = [*names, "width", "height"]
+        left_out |= {"resolution", "aspect_ratio"}
+    if start == "start":
+        left_out.add("aspect_ratio")  # may be auto
+    if "end_image" in names:
+        left_out.add("model")  # may be f1
+    return [name for name in dict.fromkeys([start, *names]) if name not in left_out]
 
 
 def _names_of(model: type[BaseModel], name: str) -> list[str]:

@@ -68,7 +68,7 @@ def sample(tiny_models, monkeypatch):
         tiny_models.use_direction(model)
         timer = JobTimer()
         encoder = Encoder(tiny_models, timer)
-        conditioning = encode_conditioning(tiny_models, noise(0), keyframes, plan, request, 5, encoder)
+        conditioning = encode_conditioning(tiny_models, noise(0), plan, request, 5, encoder, keyframes)
 
         histories, conditions = [], []
         transformer = tiny_models.transformer
@@ -215,11 +215,11 @@ class TestKeyframes:
         keyframe = job.conditioning.images[0]
         for k, seen in enumerate(job.seen):
             slot, history = seen.history.latents_clean.split(1, dim=2)
-            latent = keyframe.latent if k == place else job.conditioning.start_latent
+            latent = keyframe.drawn.latent if k == place else job.conditioning.start_latent
             assert torch.equal(slot, latent)
             assert torch.equal(seen.image_embeds, keyframe.embeds) == (k == place)
-            assert not torch.equal(history, keyframe.latent)
-        assert not torch.equal(keyframe.latent, job.conditioning.start_latent)
+            assert not torch.equal(history, keyframe.drawn.latent)
+        assert not torch.equal(keyframe.drawn.latent, job.conditioning.start_latent)
         changed = [not equal for equal in same(job.latents, plain.latents)]
         assert changed == [k <= place if model == "i2v" else k >= place for k in range(4)]
 
@@ -282,7 +282,7 @@ class TestDecoding:
 
         with pytest.raises(kind) as caught:
             decode_keyframes(self.sections("https://images.test/a.png"), fetch, (96, 160))
-        assert str(caught.value) == "The image of `sections[0]` could not be fetched: The URL is not valid."
+        assert str(caught.value) == "`sections[0].image`: The URL is not valid."
 
 
 @pytest.mark.usefixtures("quick_decode")

@@ -11,7 +11,7 @@ import core.job
 from core.errors import CancelledError
 from core.job import run_job
 from core.pipeline import generate_video_sync
-from core.pipeline.encoding import Encoder, drawn
+from core.pipeline.encoding import Encoder
 from core.pipeline.encoding_cache import EncodingCache, content_key
 from core.settings import Settings, SettingsError
 from core.timing import JobTimer
@@ -94,7 +94,7 @@ class TestEncoder:
         encoder = Encoder(models, timer, check)
         embeds = encoder.prompts(prompts)
         (posterior,), (clip,) = encoder.posteriors([image]), encoder.image_embeds([image])
-        latent = drawn(posterior, seed, models.device)
+        latent = posterior.draw(torch.Generator().manual_seed(seed))
         tensors = [
             tensor
             for prompt in embeds

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-import core.pipeline.conditioning
+import core.pipeline.encoding
 import handler
 import runpod_posts
 from core import outputs
@@ -37,10 +37,10 @@ class TestSeveral:
         data = quick_input(seed=MAX_SEED, num_outputs=2, mp4_crf=16)
         with monkeypatch.context() as patch:
             for module, name in (("vae", "encode_image"), ("clip_vision", "encode_image")):
-                target = getattr(core.pipeline.conditioning, module)
+                target = getattr(core.pipeline.encoding, module)
                 patch.setattr(target, name, counted(module, getattr(target, name)))
-            text = core.pipeline.conditioning.encode_prompt
-            patch.setattr(core.pipeline.conditioning, "encode_prompt", counted("text", text))
+            text = core.pipeline.encoding.encode_prompt
+            patch.setattr(core.pipeline.encoding, "encode_prompt", counted("text", text))
             reply = run_job(data, tiny_models)
         assert sorted(encoded) == ["clip_vision", "text", "vae"]
         assert [output["seed"] for output in reply["outputs"]] == [MAX_SEED, 0]

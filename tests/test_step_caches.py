@@ -18,6 +18,7 @@ from core.job import run_job
 from core.pipeline import Models
 from core.pipeline.caching import CACHES, step_caches
 from core.pipeline.conditioning import encode_conditioning
+from core.pipeline.encoding import Encoder
 from core.pipeline.magnitudes import FILE, FRAMEPACK, curves_of
 from core.pipeline.profiles import load_profile
 from core.pipeline.sampling import sample_sections
@@ -48,7 +49,8 @@ def models(tiny_models):
 def prompt(tiny_models):
     """A job's conditioning, with a negative prompt that acts where cfg > 1."""
     picture = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
-    return encode_conditioning(tiny_models, picture, asked(cfg=3.0, n_prompt="blurry"), 0, JobTimer())
+    request, encoder = asked(cfg=3.0, n_prompt="blurry"), Encoder(tiny_models, JobTimer())
+    return encode_conditioning(tiny_models, picture, plan_sections(1, 2, "i2v"), request, 0, encoder)
 
 
 def asked(**fields):

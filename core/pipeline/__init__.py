@@ -17,6 +17,8 @@ import torch
 from core.deadline import Deadline
 from core.errors import TimeLimitError, VideoEncodingError
 from core.file_format import codec_of
+from core.frame import check_direction, end_picture, frame_size, start_picture
+from core.pipeline.capacity import check_capacity
 from core.pipeline.checkpoint import Checkpoint, Recorder
 from core.pipeline.conditioning import Conditioning, encode_conditioning
 from core.pipeline.decoding import VideoDecoder
@@ -29,10 +31,10 @@ from core.request import VideoRequest
 from core.timing import JobTimer
 from core.video import VideoFile, first_frame_jpeg, save_video
 from diffusers_helper.blending import first_frames
-from diffusers_helper.buckets import nearest_bucket, resize_and_center_crop
+from diffusers_helper.buckets import resize_and_center_crop
 from diffusers_helper.preview import LatentPreview
 
-__all__ = ["GeneratedVideo", "Models", "frame_size", "generate_video_sync", "initialize_models"]
+__all__ = ["GeneratedVideo", "Models", "generate_video_sync", "initialize_models"]
 
 Report = Callable[[Progress], None]
 
@@ -54,10 +56,11 @@ class GeneratedVideo:
 
 def generate_video_sync(
     models: Models,
-    input_image: np.ndarray,
+    input_image: np.ndarray | None,
     request: VideoRequest,
     output_filename: str | Path,
     *,
+    end_image: np.ndarray | None = None,
     keyframes: Mapping[int, np.ndarray] | None = None,
     seed: int | None = None,
     timer: JobTimer | None = None,
@@ -74,12 +77,14 @@ def generate_video_sync(
 ) -> GeneratedVideo:
     """Animate `input_image` (H, W, 3) uint8 as `request` asks and write the file to `output_filename`.
 
-    `keyframes` are the images of the request's `sections`, by their places there. `seed` replaces the
-    request's (which may ask for a drawn one). `check_cancelled` runs after every stage and step and may raise
-    to stop; `report` is told where the job stands; `on_section` sees each section's latents; `frugal` spends
-    time for memory (no transformer block kept on the GPU in swap mode, a tiled VAE). Encoding that fails is
-    tried once more, at `spare_filename()`. Once `deadline` has passed no further step or decode starts:
-    TimeLimitError, or where the request says `partial` the sections finished by then.
+    Without one the video starts with the picture that the request's `start` names. `end_image`, of any size
+    too, is what the video leads up to, and `keyframes` are the images of the request's `sections`, by their
+    places there. Raises TooLargeForMemoryError before anything is computed.
+    `seed` replaces the request's (which may ask for a drawn one). `check_cancelled` runs after every stage
+    and step and may raise to stop; `report` is told where the job stands; `on_section` sees each section's
+    latents; `frugal` spends time for memory (no transformer block kept on the GPU in swap mode, a tiled VAE).
+    Encoding that fails is tried once more, at `spare_filename()`. Once `deadline` has passed no further step
+    or decode starts: TimeLimitError, or where the request says `partial` the sections finished by then.
     `shared` is the conditioning of an earlier video of the same request; `embed` makes a text for the file
     from the parameters that were only decided here.
     `recorder` has what can be gone on from; `resumed` is what to go on from, and its image the `input_image`.
@@ -89,6 +94,7 @@ def generate_video_sync(
     timer = timer or JobTimer()
     deadline = deadline or Deadline()
     direction = request.model or models.profile.direction
+    check_direction(request, direction)
     plan = plan_sections(
         request.total_second_length, request.latent_window_size, direction, request.exact_length
     )
@@ -107,18 +113,21 @@ def generate_video_sync(
     def on_step(section: Section, step: int, x0: torch.Tensor) -> None:
         stage("sample", section.index + 1, step, preview=preview_of(x0))
 
-    height, width = frame_size(models, input_image, request)
-    image = resize_and_center_crop(input_image, height, width)
+    resolution = request.resolution or models.profile.resolution
+    height, width = frame_size(request, input_image, resolution)
+    check_capacity(models, plan, height, width)
+    image = start_picture(request, input_image, height, width, seed)
+    end_image = end_picture(request, end_image, height, width)
     keyframes = {k: resize_and_center_crop(frame, height, width) for k, frame in (keyframes or {}).items()}
 
     stage("encode")
-    if shared is None:
+    if shared is None or request.start == "noise":  # which is another picture for each seed
         encoder = Encoder(models, timer, check)
-        conditioning = encode_conditioning(models, image, keyframes, plan, request, seed, encoder)
+        conditioning = encode_conditioning(models, image, plan, request, seed, encoder, keyframes, end_image)
     else:
         conditioning = shared.for_seed(seed)
     if resumed:
-        conditioning = conditioning.starting_from(resumed.start_latent)
+        conditioning = conditioning.starting_at(resumed.start_latent)
     if recorder:
         recorder.begin(image, conditioning.start_latent)
     shift = math.exp(schedule_mu(models, request, (plan.window, *conditioning.start_latent.shape[-2:])))
@@ -174,12 +183,6 @@ def generate_video_sync(
         poster=poster,
         conditioning=conditioning,
     )
-
-
-def frame_size(models: Models, input_image: np.ndarray, request: VideoRequest) -> tuple[int, int]:
-    """(height, width) of the video that `request` gets of `input_image` (H, W, 3)."""
-    resolution = request.resolution or models.profile.resolution
-    return nearest_bucket(*input_image.shape[:2], resolution)
 
 
 def _file(request: VideoRequest, embedded: str | None) -> VideoFile:

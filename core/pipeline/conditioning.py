@@ -1,18 +1,24 @@
 """A request's prompts and images → what the transformer is conditioned on, section by section."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from core.pipeline.encoding import Encoder, drawn
+from core.pipeline.encoding import Encoder
 from core.pipeline.models import Models
 from core.pipeline.sections import FPS, Section, SectionPlan
 from core.request import VideoRequest
 from core.timeline import Cue, read_timeline, without_effect
 from diffusers_helper.text import PromptEmbeds, mix_prompts
 from diffusers_helper.vae import ImagePosterior
+
+# The VAE's draw has its own generator, seeded beyond every job's seed, so that the noise is the official one.
+VAE_SEED_OFFSET = 2**32
+# The end image's draw has another, so that the start latent is the same with and without. Not by an offset:
+# torch's CPU generator reads only the low 32 bits of its seed.
+END_SEED_MASK = 0x9E3779B9
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,38 @@ class SectionConditioning:
 
 
 @dataclass(frozen=True)
-class EncodedImage:
-    """On the CPU."""
+class ImageLatent:
+    """An image's latent, and what it takes to draw it anew for another seed."""
 
-    posterior: ImagePosterior
-    latent: torch.Tensor  # drawn from it, (1, 16, 1, H/8, W/8), float32
-    embeds: torch.Tensor  # (1, patches, D)
+    latent: torch.Tensor  # (1, 16, 1, H/8, W/8), float32 on the CPU
+    posterior: ImagePosterior  # on the CPU
+    device: torch.device  # that draws it, the VAE's
+    mixed_seed: Callable[[int], int]
+    strength: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        posterior: ImagePosterior,
+        device: torch.device,
+        seed: int,
+        mixed_seed: Callable[[int], int],
+        strength: float = 1.0,
+    ) -> "ImageLatent":
+        generator = torch.Generator("cpu").manual_seed(mixed_seed(seed))
+        latent = strength * posterior.to(device).draw(generator).float().cpu()
+        return cls(latent, posterior, device, mixed_seed, strength)
+
+    def drawn(self, seed: int) -> "ImageLatent":
+        return self.of(self.posterior, self.device, seed, self.mixed_seed, self.strength)
+
+
+@dataclass(frozen=True)
+class StartImage:
+    """What can be in the start image's place: that image itself, or a keyframe."""
+
+    drawn: ImageLatent
+    embeds: torch.Tensor  # (1, patches, D), on the CPU
 
 
 @dataclass(frozen=True)
@@ -41,7 +73,8 @@ class Conditioning:
     cues: tuple[Cue, ...]  # in sampling order
     prompts: Mapping[str, PromptEmbeds]
     negative: PromptEmbeds | None  # None where cfg is 1
-    images: Mapping[int | None, EncodedImage]  # by the keyframe of a cue; None is the input image
+    images: Mapping[int | None, StartImage]  # by the keyframe of a cue; None is the video's first frame
+    end: ImageLatent | None  # of the end image
     device: torch.device  # the transformer's
     dtype: torch.dtype
     warnings: tuple[str, ...]
@@ -49,19 +82,23 @@ class Conditioning:
     @property
     def start_latent(self) -> torch.Tensor:
         """The video's first frame, (1, 16, 1, H/8, W/8), float32 on the CPU."""
-        return self.images[None].latent
+        return self.images[None].drawn.latent
+
+    @property
+    def end_latent(self) -> torch.Tensor | None:
+        """The same of the end image, times its strength."""
+        return self.end and self.end.latent
+
+    def starting_at(self, latent: torch.Tensor) -> "Conditioning":
+        """The same with this start latent, which an earlier job had."""
+        first = self.images[None]
+        first = replace(first, drawn=replace(first.drawn, latent=latent))
+        return replace(self, images={**self.images, None: first})
 
     def for_seed(self, seed: int) -> "Conditioning":
-        """The same for another seed: only what is drawn depends on it."""
-        images = {
-            place: replace(image, latent=drawn(image.posterior, seed, self.device))
-            for place, image in self.images.items()
-        }
-        return replace(self, images=images)
-
-    def starting_from(self, latent: torch.Tensor) -> "Conditioning":
-        """The same with `latent` (1, 16, 1, H/8, W/8) as the video's first frame."""
-        return replace(self, images={**self.images, None: replace(self.images[None], latent=latent)})
+        """The same for another seed: only the latents of the images depend on it."""
+        images = {k: replace(image, drawn=image.drawn.drawn(seed)) for k, image in self.images.items()}
+        return replace(self, images=images, end=self.end and self.end.drawn(seed))
 
     def of(self, section: Section) -> SectionConditioning:
         cue = self.cues[section.index]
@@ -72,18 +109,19 @@ class Conditioning:
             positive=positive.to(self.device, self.dtype),
             negative=negative.to(self.device, self.dtype),
             image_embeds=image.embeds.to(self.device, self.dtype),
-            start_latent=image.latent,
+            start_latent=image.drawn.latent,
         )
 
 
 def encode_conditioning(
     models: Models,
     image: np.ndarray,
-    keyframes: Mapping[int, np.ndarray],
     plan: SectionPlan,
     request: VideoRequest,
     seed: int,
     encoder: Encoder,
+    keyframes: Mapping[int, np.ndarray] | None = None,
+    end_image: np.ndarray | None = None,
 ) -> Conditioning:
     """Encode what the plan's sections need of the request's prompts and images.
 
@@ -99,15 +137,23 @@ def encode_conditioning(
 
     places = [None, *sorted({cue.keyframe for cue in cues} - {None})]
     pixels = [image if place is None else keyframes[place] for place in places]
-    images = [
-        EncodedImage(posterior, drawn(posterior, seed, models.device), embeds)
-        for posterior, embeds in zip(encoder.posteriors(pixels), encoder.image_embeds(pixels), strict=True)
-    ]
+    ends = [] if end_image is None else [end_image]
+    posteriors = encoder.posteriors(pixels + ends)
+    starts = [ImageLatent.of(p, models.device, seed, _start_seed) for p in posteriors[: len(pixels)]]
+    end = None
+    if ends:
+        end = ImageLatent.of(posteriors[-1], models.device, seed, _end_seed, request.end_image_strength)
+    averaged = ends if request.end_image_mode == "embedding" else []
+    embeds = encoder.image_embeds(pixels + averaged)
+    if averaged:
+        share = request.end_image_strength / 2  # at full strength the mean of the two
+        embeds = [(1 - share) * each + share * embeds[-1] for each in embeds]
     return Conditioning(
         cues=cues,
         prompts=dict(zip(prompts, texts, strict=False)),
         negative=texts[-1] if guided else None,
-        images=dict(zip(places, images, strict=True)),
+        images=dict(zip(places, map(StartImage, starts, embeds), strict=False)),
+        end=end,
         device=models.device,
         dtype=models.transformer_dtype,
         warnings=(
@@ -119,3 +165,11 @@ def encode_conditioning(
             *without_effect(timeline, plan.middles_s, plan.frames / FPS, request.blend_sections),
         ),
     )
+
+
+def _start_seed(seed: int) -> int:
+    return VAE_SEED_OFFSET + seed
+
+
+def _end_seed(seed: int) -> int:
+    return END_SEED_MASK ^ seed

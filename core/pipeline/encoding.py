@@ -12,9 +12,6 @@ from core.timing import JobTimer
 from diffusers_helper import clip_vision, vae
 from diffusers_helper.text import PromptEmbeds, encode_prompt
 
-# The VAE's draw has its own generator, seeded beyond every job's seed, so that the noise is the official one.
-VAE_SEED_OFFSET = 2**32
-
 CPU = torch.device("cpu")
 
 
@@ -80,12 +77,3 @@ class Encoder:
         return clip_vision.encode_image(
             image, models.feature_extractor, models.image_encoder, models.device
         ).cpu()
-
-
-def drawn(posterior: vae.ImagePosterior, seed: int, device: torch.device) -> torch.Tensor:
-    """A job's latent of an image, (1, 16, 1, H/8, W/8), float32 on the CPU; all images get the same noise.
-
-    It is computed on `device`, where the VAE runs.
-    """
-    generator = torch.Generator("cpu").manual_seed(VAE_SEED_OFFSET + seed)
-    return posterior.to(device).draw(generator).float().cpu()

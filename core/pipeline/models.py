@@ -111,7 +111,7 @@ class Models:
         mode = "resident" if self.device.type == "cpu" else mode
         if mode == self.memory_mode:
             return
-        for module in self._modules():
+        for module in self.modules():
             if mode == "resident":
                 memory.forget(module)
                 module.to(self.device)
@@ -146,13 +146,14 @@ class Models:
                     memory.unload_complete_models(module)
             memory.release_unused_memory(self.device)
 
-    def _modules(self) -> list[nn.Module]:
+    def modules(self) -> list[nn.Module]:
+        """All that are loaded and have weights."""
         return [module for name in MODULES if (module := getattr(self, name)) is not None]
 
     def _fitting_mode(self) -> str:
         if self.device.type == "cpu":
             return "resident"
-        needed = sum(map(memory.weight_bytes, self._modules())) + RESIDENT_HEADROOM_GB * memory.GB
+        needed = sum(map(memory.weight_bytes, self.modules())) + RESIDENT_HEADROOM_GB * memory.GB
         return "resident" if memory.free_gpu_memory(self.device) >= needed else "swap"
 
     def _folder(self, source: Source) -> Path:

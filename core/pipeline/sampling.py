@@ -48,6 +48,9 @@ def sample_sections(
 ) -> Iterator[SampledSection]:
     """Sample the plan's sections in order. All noise comes from one CPU generator seeded with `seed`.
 
+    An I2V video may have an end image: its latent is the history that the first section sampled, the video's
+    end, would else find empty. It is no part of the video.
+
     In swap mode `preserved_gb` of GPU memory are kept free of the transformer's weights. The first sections
     come from `resumed`, as they were sampled then; the rest goes on with its generator. `new_cache` makes
     other step caches than the request's. Raises RequestError where the model cannot have the request's.
@@ -64,6 +67,8 @@ def sample_sections(
     forward = plan.direction == "f1"
     if forward:
         history = torch.cat([history, start], dim=2)
+    elif conditioning.end_latent is not None:
+        history[:, :, :1] = conditioning.end_latent
 
     for section in plan.sections:
         timer.start_section()
@@ -90,6 +95,8 @@ def sample_sections(
             history = history[:, :, -kept:]
         else:
             history = torch.cat([new, history], dim=2)
+            if section.index == 0 and request.end_image_mode == "embedding":
+                history[:, :, -HISTORY_FRAMES] = 0  # the end image was for this section only
             real = history[:, :, :-HISTORY_FRAMES]
             to_decode = real[:, :, : section.decode_frames]
             history = history[:, :, :kept]
