@@ -19,6 +19,7 @@ class Settings:
 
     model_profile: str = "framepack"  # MODEL_PROFILE: framepack | framepack-f1 | demo
     memory_mode: str = "auto"  # MEMORY_MODE: auto | resident | swap
+    keep_both_models: bool = True  # KEEP_BOTH_MODELS: I2V and F1, once both were used, where memory allows
     framepack_model: str | None = None  # FRAMEPACK_MODEL: the I2V transformer, at the root
     framepack_f1_model: str | None = None  # FRAMEPACK_F1_MODEL: the F1 transformer, at the root
     hunyuan_model: str | None = None  # HUNYUAN_MODEL: tokenizer(_2)/ text_encoder(_2)/ vae/

@@ -26,6 +26,7 @@ from core.pipeline import weights
 from core.pipeline.profiles import Direction, ModelProfile, Source, load_profile
 from core.settings import Settings
 from diffusers_helper import memory
+from diffusers_helper.host_memory import free_host_memory
 from diffusers_helper.text import template_crop
 from diffusers_helper.transformer import FramePackTransformer
 from diffusers_helper.vae import attend_framewise
@@ -36,13 +37,15 @@ MODULES = ("text_encoder", "text_encoder_2", "image_encoder", "vae", "transforme
 STREAMED = ("text_encoder", "transformer")  # too large to move as a whole onto a small card
 RESIDENT_HEADROOM_GB = 22.0  # the untiled VAE decode, the largest user besides weights
 ENCODER_HEADROOM_GB = 1.5  # activations of the text encoders for a few hundred tokens, and cuBLAS
+HOST_HEADROOM_GB = 12.0  # a job's frames (4.2 GB for two minutes at 640), LoRAs, ffmpeg, and room to spare
 
 
 class Models:
     """All models of one worker. One job at a time may use them.
 
     Attributes are the hub folders' names: tokenizer, text_encoder, tokenizer_2, text_encoder_2, vae,
-    feature_extractor, image_encoder; `transformer` is the one for `direction`.
+    feature_extractor, image_encoder; `transformer` is the one for `direction`. The other direction's stays
+    loaded once it was used, where memory allows.
     """
 
     def __init__(
@@ -79,35 +82,51 @@ class Models:
         self.image_encoder = _load_weights(SiglipVisionModel, redux / "image_encoder", dtype=half)
         self.direction: Direction = profile.direction
         self.transformer: FramePackTransformer | None = self._load_transformer(transformer)
+        self._idle: dict[Source, FramePackTransformer] = {}  # loaded and not in use, the longest idle first
 
         self.memory_mode = ""
         self.set_memory_mode(self._fitting_mode() if memory_mode == "auto" else memory_mode)
         self.load_seconds = time.perf_counter() - started
 
     def use_direction(self, direction: Direction) -> None:
-        """Have the transformer for `direction`; one is kept, and another is loaded when asked for."""
+        """Have the transformer for `direction`, loading it where it is not loaded.
+
+        Others make room for it, the longest idle first, only where memory is short. Raises ModelError; the
+        transformer in use then stays, if there was room for both, or is loaded again when it is asked for.
+        """
         source = self.profile.transformers[direction]
-        if self.transformer is not None and source == self.profile.transformers[self.direction]:
-            self.direction = direction
-            return
-        folder = self._folder(source)
-        if self.transformer is not None:
-            memory.forget(self.transformer)
-            self.transformer = None
-            memory.release_unused_memory(self.device)
-        transformer = self._load_transformer(folder)
-        if self.memory_mode == "resident":
-            transformer.to(self.device)
-        self.transformer, self.direction = transformer, direction
+        if self.transformer is None or source != self.profile.transformers[self.direction]:
+            transformer = self._idle.get(source) or self._load_another(source)
+            if self.transformer is not None:
+                self._idle[self.profile.transformers[self.direction]] = self.transformer
+            self._idle.pop(source, None)
+            self.transformer = transformer
+        self.direction = direction
+
+    def drop_transformers(self) -> None:
+        """Free them all; `use_direction` loads them anew."""
+        self._drop_idle()
+        self._drop_transformer()
+
+    def has_gpu_memory(self, needed: int) -> bool:
+        """Whether `needed` bytes are free on the GPU, idle transformers dropped if that makes it so."""
+        free = memory.free_gpu_memory(self.device)
+        idle = sum(map(memory.weight_bytes, self._idle.values())) if self.memory_mode == "resident" else 0
+        if free < needed <= free + idle:
+            self._drop_idle()
+            free = memory.free_gpu_memory(self.device)
+        return free >= needed
 
     def set_memory_mode(self, mode: str) -> None:
         """`resident`: every model stays on the GPU. `swap`: each is there only while it is used.
 
-        On a CPU there is only `resident`.
+        On a CPU there is only `resident`. Idle transformers are dropped: it is for lack of memory that a
+        worker changes its mode.
         """
         mode = "resident" if self.device.type == "cpu" else mode
         if mode == self.memory_mode:
             return
+        self._drop_idle()
         for module in self._modules():
             if mode == "resident":
                 memory.forget(module)
@@ -157,6 +176,39 @@ class Models:
         folder = weights.locate(source, self._settings)
         weights.check_files(folder, source)
         return folder
+
+    def _load_another(self, source: Source) -> FramePackTransformer:
+        folder = self._folder(source)
+        while self._idle and not self._room_for_another():
+            self._drop_idle(count=1)
+        if self.transformer is not None and not self._room_for_another():
+            self._drop_transformer()
+        transformer = self._load_transformer(folder)
+        if self.memory_mode == "resident":
+            transformer.to(self.device)
+        return transformer
+
+    def _room_for_another(self) -> bool:
+        """Whether a transformer of this one's size fits beside all that is loaded, and a job beside both."""
+        if self.transformer is None or not self._settings.keep_both_models:
+            return False
+        needed = memory.weight_bytes(self.transformer)
+        if self.device.type == "cuda" and self.memory_mode == "resident":
+            return memory.free_gpu_memory(self.device) >= needed + RESIDENT_HEADROOM_GB * memory.GB
+        if self.memory_mode == "swap":  # weights mapped from their file take memory once they are pinned
+            needed += sum(memory.weight_bytes(m) for m in self._modules() if not memory.is_pinned(m))
+        return free_host_memory() >= needed + HOST_HEADROOM_GB * memory.GB
+
+    def _drop_idle(self, count: int | None = None) -> None:
+        for source in [*self._idle][:count]:
+            memory.forget(self._idle.pop(source))
+        memory.release_unused_memory(self.device)
+
+    def _drop_transformer(self) -> None:
+        if self.transformer is not None:
+            memory.forget(self.transformer)
+            self.transformer = None
+            memory.release_unused_memory(self.device)
 
     def _load_transformer(self, folder: Path) -> FramePackTransformer:
         model = _load_weights(FramePackTransformer, folder, torch_dtype=self.transformer_dtype)
