@@ -17,6 +17,8 @@ STATUS_OF_CODE = {
     "invalid_request": 400,
     "invalid_image": 400,
     "image_too_large": 413,
+    "invalid_lora": 400,
+    "lora_not_applicable": 400,
     "url_refused": 400,
     "download_failed": 502,
     "download_too_large": 413,

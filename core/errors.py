@@ -4,6 +4,8 @@ WorkerError                        internal_error
 ├── RequestError                   invalid_request
 │   ├── ImageError                 invalid_image
 │   │   └── ImageTooLargeError     image_too_large
+│   ├── LoraError                  invalid_lora
+│   │   └── LoraNotApplicableError lora_not_applicable
 │   ├── UrlRefusedError            url_refused
 │   └── DownloadError              download_failed
 │       └── DownloadTooLargeError  download_too_large
@@ -50,6 +52,18 @@ class ImageError(RequestError):
 
 class ImageTooLargeError(ImageError):
     code = "image_too_large"
+
+
+class LoraError(RequestError):
+    """A LoRA that is not there, or that cannot be read or fitted to the model."""
+
+    code = "invalid_lora"
+
+
+class LoraNotApplicableError(LoraError):
+    """No layer of it is one of the model's."""
+
+    code = "lora_not_applicable"
 
 
 class UrlRefusedError(RequestError):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from core.errors import OutOfMemoryError
 from core.fetch import fetch_url
 from core.images import Fetch, decode_image
 from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
+from core.pipeline.loras import load_loras, lora_warnings
 from core.pipeline.sections import FPS
 from core.progress import Progress
 from core.request import MAX_SEED, SECRETS, VideoRequest, parse_request
@@ -27,6 +28,7 @@ from diffusers_helper import memory
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 LIBRARIES = ("torch", "diffusers", "transformers", "runpod")
 
 
@@ -53,6 +55,13 @@ def run_job(
     report(Progress())
     with timer.span("input"):
         image = decode_image(request.input_image, fetch=_fetcher(settings, deadline, check_cancelled))
+
+    def check() -> None:
+        check_cancelled()
+        deadline.check()
+
+    with timer.span("loras"):
+        loras = load_loras(request.loras, settings, models.lora_cache, deadline, check)
     seed = random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
     with timer.span("model_load"):
         models.use_direction(request.model or models.profile.direction)
@@ -71,8 +80,10 @@ def run_job(
 
         output_filename = temporary_mp4()
 
-        def generate(frugal: bool = False) -> GeneratedVideo:
-            return generate_video_sync(
+        def generate(frugal: bool = False) -> tuple[GeneratedVideo, list[dict]]:
+            with timer.span("loras"):
+                used = models.use_loras(loras, check)
+            video = generate_video_sync(
                 models,
                 image,
                 request,
@@ -85,9 +96,10 @@ def run_job(
                 frugal=frugal,
                 spare_filename=spare_mp4,
             )
+            return video, used
 
         try:
-            video, retried = _with_memory_retry(models, timer, generate)
+            (video, used_loras), retried = _with_memory_retry(models, timer, generate)
         finally:
             memory.release_unused_memory(models.device)
         report(
@@ -102,7 +114,7 @@ def run_job(
         with timer.span("deliver"):
             delivered = deliver(video.path, job_id, request, check_cancelled)
 
-    warnings = _warnings(request, video, models, settings, retried)
+    warnings = _warnings(request, video, models, settings, retried) + lora_warnings(used_loras)
     if note := delivered.pop("delivery_warning", None):
         warnings.append(note)
     return delivered | {
@@ -115,16 +127,15 @@ def run_job(
         "duration_s": round(video.frames / FPS, 3),
         "sections": video.sections,
         "partial": video.sections < len(video.plan.sections),
-        "parameters": _parameters(request, seed, models),
+        "parameters": _parameters(request, seed, models, used_loras),
+        "loras": used_loras,
         "warnings": warnings,
         "timings": _timings(timer),
         "worker": _worker(models, retried),
     }
 
 
-def _with_memory_retry(
-    models: Models, timer: JobTimer, generate: Callable[..., GeneratedVideo]
-) -> tuple[GeneratedVideo, bool]:
+def _with_memory_retry(models: Models, timer: JobTimer, generate: Callable[..., T]) -> tuple[T, bool]:
     """Generate; when the GPU's memory runs out, once more with models swapped and the VAE tiled."""
     try:
         return generate(), False
@@ -150,9 +161,10 @@ def _with_memory_retry(
     )
 
 
-def _parameters(request: VideoRequest, seed: int, models: Models) -> dict:
-    used = request.model_dump(exclude=set(SECRETS))
+def _parameters(request: VideoRequest, seed: int, models: Models, loras: list[dict]) -> dict:
+    used = request.model_dump(exclude={*SECRETS, "loras"})
     return used | {
+        "loras": [{"name": lora["name"], "weight": lora["weight"]} for lora in loras],
         "seed": seed,
         "model": models.direction,
         "resolution": request.resolution or models.profile.resolution,
@@ -213,6 +225,7 @@ def _timings(timer: JobTimer) -> dict:
     return {
         "input": timer.seconds("input"),
         "model_load": timer.seconds("model_load"),
+        "loras": timer.seconds("loras"),
         "text_encode": timer.seconds("text_encode"),
         "image_encode": {"vae": timer.seconds("vae_encode"), "clip_vision": timer.seconds("clip_vision")},
         "sections": timer.sections,

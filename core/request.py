@@ -65,6 +65,27 @@ class S3Config(BaseModel):
     prefix: str = Field("", description="Put before the video's key.", max_length=512)
 
 
+class LoraChoice(BaseModel):
+    """One LoRA: a file that the worker has, or a URL."""
+
+    model_config = STRICT
+
+    name: str | None = Field(
+        None,
+        description="File in the worker's folder of LoRAs; a plain name.",
+        pattern=r"^\w[\w .()+,&@=~'!-]*\.safetensors$",
+        max_length=255,
+    )
+    url: str | None = Field(
+        None,
+        description="https URL of a .safetensors file, from the hosts that the worker allows.",
+        pattern=r"^https://",
+        max_length=4096,
+        repr=False,
+    )
+    weight: float = Field(1.0, description="Strength; below 0 for the opposite.", ge=-4, le=4)
+
+
 class VideoRequest(BaseModel):
     """One job: an image and a prompt in, a video out."""
 
@@ -134,8 +155,13 @@ class VideoRequest(BaseModel):
         multiple_of=32,
     )
 
+    loras: list[LoraChoice] = _field(
+        [], "LoRAs added to the transformer's weights for this job, all at once.", max_length=8, repr=False
+    )
+
 
 SECRETS = ("input_image", "s3_config")  # never shown or echoed
+NESTED: dict[str, type[BaseModel]] = {"s3_config": S3Config, "loras": LoraChoice}
 
 ALIASES = {
     alias: name
@@ -165,9 +191,18 @@ def parse_request(data: Any) -> VideoRequest:
         _check_size(f"`{_short(name)}`", value)
         values[name] = value
     try:
-        return VideoRequest.model_validate(values)
+        request = VideoRequest.model_validate(values)
     except ValidationError as error:
         raise RequestError(_sentence(error)) from None
+    check_loras(request)
+    return request
+
+
+def check_loras(request: VideoRequest) -> None:
+    """Each LoRA is named once: by its file or by its URL."""
+    for number, lora in enumerate(request.loras):
+        if (lora.name is None) == (lora.url is None):
+            raise RequestError(f"`loras.{number}` must have a `name` or a `url`, and not both.")
 
 
 def _check_size(what: str, value: Any) -> None:
@@ -188,9 +223,10 @@ def _fault(fault: dict[str, Any]) -> str:
     name, kind = _path(fault), fault["type"]
     context = fault.get("ctx", {})
     field, _, part = name.partition(".")
+    part = part.lstrip("0123456789.") if field == "loras" else part
     got = f"(got {_kind(fault['input']) if field in SECRETS else _show(fault['input'])})"
     if kind == "extra_forbidden":
-        known = S3Config.model_fields if part else [*VideoRequest.model_fields, *ALIASES]
+        known = NESTED[field].model_fields if part else [*VideoRequest.model_fields, *ALIASES]
         near = difflib.get_close_matches(part or field, known, n=1)
         return f"`{_short(name)}` is not a known field" + (f" (did you mean `{near[0]}`?)" if near else "")
     match kind:
@@ -208,12 +244,20 @@ def _fault(fault: dict[str, Any]) -> str:
             return (
                 f"`{name}` must have at most {context['max_length']} characters (got {len(fault['input'])})"
             )
+        case "too_long":
+            return f"`{name}` must have at most {context['max_length']} entries (got {len(fault['input'])})"
+        case "list_type":
+            return f"`{name}` must be a list {got}"
         case "finite_number":
             return f"`{name}` must be a finite number {got}"
         case "literal_error":
             return f"`{name}` must be {context['expected']} {got}"
         case "string_unicode":
             return f"`{name}` must be valid Unicode text"
+        case "string_pattern_mismatch" if field == "loras":
+            return f"`{name}` must " + (
+                "start with https://" if part == "url" else "be a plain file name that ends in .safetensors"
+            )
         case "string_pattern_mismatch" if part == "endpointUrl":
             return f"`{name}` must be of the form https://host"
         case "string_pattern_mismatch":
@@ -226,9 +270,10 @@ def _fault(fault: dict[str, Any]) -> str:
 
 
 def _path(fault: dict[str, Any]) -> str:
-    """`field`, or `s3_config.part`; what pydantic adds for the members of a union is left out."""
+    """`field`, `s3_config.part` or `loras.0.part`; what pydantic adds for a union's members is left out."""
     field, *parts = map(str, fault["loc"])
-    return ".".join([field, *parts[:1]]) if field == "s3_config" else field
+    depth = {"s3_config": 1, "loras": 2}.get(field, 0)
+    return ".".join([field, *parts[:depth]])
 
 
 def _show(value: Any) -> str:

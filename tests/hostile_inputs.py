@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from core.request import ALIASES, SECRETS, VideoRequest
+from core.request import ALIASES, SECRETS, LoraChoice, VideoRequest
 
 # in every text that is nobody's business; computed, as hypothesis takes ideas from constants in the source
 SECRET = hashlib.sha256(b"a stranger's secret").hexdigest()[:16]
@@ -97,9 +97,20 @@ def _of_type(kind: Any, field: FieldInfo) -> SearchStrategy:
         if pattern := _limit(field, "pattern"):
             return st.from_regex(pattern, fullmatch=True)
         return st.text(min_size=_limit(field, "min_length") or 0, max_size=_limit(field, "max_length"))
+    if get_origin(kind) is list:
+        return st.lists(_of_type(get_args(kind)[0], field), max_size=_limit(field, "max_length"))
+    if kind is LoraChoice:
+        return good_objects(LoraChoice).map(_named_once)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return good_objects(kind)
     return st.from_type(kind)
+
+
+def _named_once(lora: dict) -> dict:
+    """By its URL, if it has one, or by its name."""
+    if lora.get("url") is None:
+        return lora | {"name": lora.get("name") or "a.safetensors"}
+    return lora | {"name": None}
 
 
 def edge_values(field: FieldInfo) -> SearchStrategy:

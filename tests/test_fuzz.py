@@ -43,6 +43,7 @@ from core.errors import (
 from core.fetch import fetch_url
 from core.guard import PORTS, check_url
 from core.images import decode_image
+from core.pipeline.loras import LoraCache
 from core.pipeline.profiles import load_profile
 from core.request import ALIASES, SECRETS, S3Config, VideoRequest, parse_request
 from core.settings import Settings
@@ -304,6 +305,8 @@ def models(monkeypatch) -> SimpleNamespace:
         profile=load_profile(TINY),
         direction="i2v",
         use_direction=lambda direction: None,
+        lora_cache=LoraCache(),
+        use_loras=lambda loras, check: [],
         memory_mode="resident",
         transformer_dtype=torch.float32,
         load_seconds=0.0,
@@ -314,6 +317,7 @@ REFUSALS = {
     "invalid_request",
     "invalid_image",
     "image_too_large",
+    "invalid_lora",
     "url_refused",
     "download_failed",
     "download_too_large",
@@ -399,7 +403,15 @@ def test_lambda_events(models, stranger, monkeypatch):
     assert {"done", "invalid_request"} <= outcomes.keys() <= {"done"} | REFUSALS
 
 
-SHORT = ("input_image", "total_second_length", "latent_window_size", "steps", "resolution", "s3_config")
+SHORT = (
+    "input_image",
+    "total_second_length",
+    "latent_window_size",
+    "steps",
+    "resolution",
+    "s3_config",
+    "loras",
+)
 ANY = {name: good_values(field) for name, field in VideoRequest.model_fields.items() if name not in SHORT}
 
 

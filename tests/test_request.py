@@ -32,6 +32,7 @@ DEFAULTS = {
     "preview": False,
     "model": None,
     "resolution": None,
+    "loras": [],
 }
 
 BUCKET = {

@@ -67,6 +67,7 @@ def generate_video_sync(
     latents; `frugal` spends time for memory (no transformer block kept on the GPU in swap mode, a tiled VAE).
     Encoding that fails is tried once more, at `spare_filename()`. Once `deadline` has passed no further step
     or decode starts: TimeLimitError, or where the request says `partial` the sections finished by then.
+    The transformer's LoRAs are not looked at: `models.use_loras` has them in place before.
     Reproduces the official `worker`, except that the start latent follows from the seed.
     """
     seed = request.seed if seed is None else seed

@@ -2,10 +2,11 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
@@ -23,10 +24,12 @@ from transformers import (
 
 from core.errors import ModelError
 from core.pipeline import weights
+from core.pipeline.loras import ChosenLora, LoraCache, fit_loras
 from core.pipeline.profiles import Direction, ModelProfile, Source, load_profile
 from core.settings import Settings
 from diffusers_helper import memory
 from diffusers_helper.host_memory import free_host_memory
+from diffusers_helper.lora import Merge, Updates
 from diffusers_helper.text import template_crop
 from diffusers_helper.transformer import FramePackTransformer
 from diffusers_helper.vae import attend_framewise
@@ -38,6 +41,9 @@ STREAMED = ("text_encoder", "transformer")  # too large to move as a whole onto 
 RESIDENT_HEADROOM_GB = 22.0  # the untiled VAE decode, the largest user besides weights
 ENCODER_HEADROOM_GB = 1.5  # activations of the text encoders for a few hundred tokens, and cuBLAS
 HOST_HEADROOM_GB = 12.0  # a job's frames (4.2 GB for two minutes at 640), LoRAs, ffmpeg, and room to spare
+
+
+LoraSet = list[tuple[tuple[int, ...], float]]  # files and weights
 
 
 class Models:
@@ -83,6 +89,9 @@ class Models:
         self.direction: Direction = profile.direction
         self.transformer: FramePackTransformer | None = self._load_transformer(transformer)
         self._idle: dict[Source, FramePackTransformer] = {}  # loaded and not in use, the longest idle first
+        self.lora_cache = LoraCache()
+        # what was merged into a transformer, and for which LoRAs; None where that was broken off
+        self._merges: WeakKeyDictionary[nn.Module, tuple[Merge | None, LoraSet | None]] = WeakKeyDictionary()
 
         self.memory_mode = ""
         self.set_memory_mode(self._fitting_mode() if memory_mode == "auto" else memory_mode)
@@ -102,6 +111,26 @@ class Models:
             self._idle.pop(source, None)
             self.transformer = transformer
         self.direction = direction
+
+    def use_loras(
+        self, loras: Sequence[ChosenLora], check: Callable[[], None] = lambda: None
+    ) -> list[dict[str, Any]]:
+        """Have these LoRAs, and no others, in the transformer's weights. Returns what the reply says of them.
+
+        They stay there until others, or none, are asked for; so does what is left of a merge that was broken
+        off. Raises LoraError before anything is changed, ModelError where only loading the transformer anew
+        can remove what is there, and what `check` raises.
+        """
+        if self.transformer is None:
+            self.use_direction(self.direction)
+        updates, told = fit_loras(self.transformer, loras)
+        wanted = [(chosen.file, chosen.weight) for chosen in loras if chosen.weight]
+        _, present = self._merges.get(self.transformer, (None, []))
+        if present != wanted:
+            self._remove_loras()
+            if wanted:
+                self._merge_loras(updates, wanted, check)
+        return told
 
     def drop_transformers(self) -> None:
         """Free them all; `use_direction` loads them anew."""
@@ -177,6 +206,32 @@ class Models:
         weights.check_files(folder, source)
         return folder
 
+    def _merge_loras(self, updates: Updates, wanted: LoraSet, check: Callable[[], None]) -> None:
+        merge = Merge(self.transformer, updates, self._host_can_keep)
+        self._merges[self.transformer] = merge, None
+        merge.apply(self.transformer, self.device, check)
+        self._merges[self.transformer] = merge, wanted
+
+    def _remove_loras(self) -> None:
+        merge, _ = self._merges.get(self.transformer, (None, None))
+        if merge is not None and merge.undo(self.transformer):
+            del self._merges[self.transformer]
+        elif merge is not None:
+            self._drop_transformer()
+            self.use_direction(self.direction)
+
+    def _host_can_keep(self, size: int) -> bool:
+        """Whether so many bytes fit into host memory beside what a job needs, and what swap mode would."""
+        on_gpu = self.device.type == "cuda" and self.memory_mode == "resident"
+        coming = self._modules() if on_gpu else self._unpinned()
+        needed = size + sum(map(memory.weight_bytes, coming)) + HOST_HEADROOM_GB * memory.GB
+        return free_host_memory() >= needed
+
+    def _unpinned(self) -> list[nn.Module]:
+        """In swap mode, what is mapped from its file perhaps and takes host memory once it is pinned."""
+        swap = self.memory_mode == "swap"
+        return [module for module in self._modules() if swap and not memory.is_pinned(module)]
+
     def _load_another(self, source: Source) -> FramePackTransformer:
         folder = self._folder(source)
         while self._idle and not self._room_for_another():
@@ -195,9 +250,7 @@ class Models:
         needed = memory.weight_bytes(self.transformer)
         if self.device.type == "cuda" and self.memory_mode == "resident":
             return memory.free_gpu_memory(self.device) >= needed + RESIDENT_HEADROOM_GB * memory.GB
-        if self.memory_mode == "swap":  # weights mapped from their file take memory once they are pinned
-            needed += sum(memory.weight_bytes(m) for m in self._modules() if not memory.is_pinned(m))
-        return free_host_memory() >= needed + HOST_HEADROOM_GB * memory.GB
+        return self._host_can_keep(needed)
 
     def _drop_idle(self, count: int | None = None) -> None:
         for source in [*self._idle][:count]:
