@@ -26,6 +26,7 @@ from tqdm import tqdm
 from core import logs
 from core.delivery import inlined
 from core.errors import WorkerError
+from core.file_format import suffix_of
 from core.fitness import run_checks
 from core.progress import Progress
 from core.request import input_of
@@ -47,11 +48,23 @@ async def local_handler(job: dict) -> dict:
         reply = await _run(job, progress)
     if "error" in reply:
         return reply
-    path = Settings.from_env().output_dir / f"{Path(str(job['id'])).name}.mp4"
+    name, suffix = Path(str(job["id"])).name, suffix_of(reply["content_type"])
+    if "outputs" not in reply:
+        return _in_a_file(reply, f"{name}{suffix}")
+    outputs = [
+        _in_a_file(output, f"{name}-{number}{suffix}") for number, output in enumerate(reply["outputs"], 1)
+    ]
+    return reply | {"outputs": outputs}
+
+
+def _in_a_file(reply: dict, name: str) -> dict:
+    """The reply, or one output of it, with the file's path in place of its base64."""
+    path = Settings.from_env().output_dir / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(base64.b64decode(reply.pop("video_base64")))
+    path.write_bytes(base64.b64decode(reply["video_base64"]))
     print(f"Video: {path}")
-    return {"video_path": str(path)} | reply
+    rest = {key: value for key, value in reply.items() if key != "video_base64"}
+    return {"video_path": str(path)} | rest
 
 
 async def _run(job: dict, progress: "RunPodProgress | LocalProgress") -> dict:
@@ -88,7 +101,7 @@ class LocalProgress:
     def report(self, progress: Progress) -> None:
         if self._bar is None:
             self._bar = tqdm(unit="step", file=sys.stderr)
-        self._bar.total = progress.sections * progress.steps  # known once the request is read
+        self._bar.total = progress.steps_in_all  # known once the request is read
         self._bar.set_description(f"section {progress.section}/{progress.sections} {progress.stage}")
         self._bar.update(max(0, progress.steps_done - self._bar.n))
 

@@ -20,6 +20,7 @@ from runpod.serverless.modules import rp_http, rp_job
 
 from core.delivery import Delivery
 from core.errors import WorkerError, error_reply
+from core.file_format import suffix_of
 from core.logs import current_job
 from core.progress import Progress
 from core.settings import Settings
@@ -166,16 +167,29 @@ async def _post(session: aiohttp.ClientSession, body: dict, job_id: str) -> None
 def _without_video(job_data: dict, job_id: str, problem: str) -> dict:
     """The same result with the inlined video elsewhere, or an error that says where it was kept."""
     output = dict(job_data.get("output") or {})
-    video = output.pop("video_base64", None)
     details: dict = {}
-    if video is not None:
-        try:
-            delivered = Delivery(Settings.from_env()).rescued(base64.b64decode(video), job_id)
-            return job_data | {"output": output | delivered}
-        except WorkerError as error:
-            details = error.details
-        except OSError as error:
-            log.error("the video could not be kept: %s", error)
+    try:
+        if "video_base64" in output:
+            return job_data | {"output": _elsewhere(output, job_id, output.get("content_type"))}
+        if any("video_base64" in entry for entry in output.get("outputs", [])):
+            stored = [
+                _elsewhere(entry, f"{job_id}-{number}", output.get("content_type"))
+                for number, entry in enumerate(output["outputs"], 1)
+            ]
+            return job_data | {"output": output | {"outputs": stored}}
+    except WorkerError as error:
+        details = error.details
+    except OSError as error:
+        log.error("the video could not be kept: %s", error)
     refused = WorkerError(f"RunPod did not take the result ({problem}).").with_details(**details)
     reply = error_reply(refused)
     return {"error": reply.pop("error"), "output": reply}
+
+
+def _elsewhere(reply: dict, job_id: str, content_type: str | None) -> dict:
+    """A reply or one output, with a URL in place of an inlined video. Raises WorkerError or OSError."""
+    if "video_base64" not in reply:
+        return reply
+    rest = {name: value for name, value in reply.items() if name != "video_base64"}
+    video = base64.b64decode(reply["video_base64"])
+    return rest | Delivery(Settings.from_env()).rescued(video, job_id, suffix_of(content_type))

@@ -1,113 +1,106 @@
-"""Whole jobs through `handler.handler` at full size, resident and swapped, beside the official model's step.
+"""Ours and the official code back to back on one machine, with the very same weights: one table.
 
-    python -m benchmarks.full_size MODELS [--official FRAMEPACK_CHECKOUT] [--swap-gb 24 12] [--out-of-memory]
+    python -m benchmarks.full_size MODELS --official FRAMEPACK_CHECKOUT [--rows load step job teacache]
 
 MODELS is a folder made by `benchmarks.full_size_models` (or one with the real weights in the same layout).
-The official checkout is read from where it lies; only its model class is run, on the very same weights.
+The official demo runs as `benchmarks.official` tells, its models sharing our weights' memory. Jobs are of 5
+seconds, 4 sections, unless told otherwise. Floors are what `benchmarks.floors` tells, a cold load what
+`benchmarks.cold_load` does. Everything runs on a CPU, too, where the times tell nothing.
 """
 
 import argparse
-import asyncio
 import base64
-import hashlib
-import importlib
+import io
 import json
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
+from PIL import Image
 
-import core.job
-import handler
+from benchmarks import floors
+from benchmarks.floors import Rates, flop_of, measured_rates
 from benchmarks.full_size_models import HEIGHT, PROMPT, WIDTH, profile_of, random_image
-from core.pipeline import Models, generate_video_sync
+from benchmarks.official import OfficialDemo, twins
+from benchmarks.timed_job import KeptVideo, TimedJob, run_ours
+from core.pipeline import Models
+from core.pipeline.conditioning import encode_conditioning
 from core.pipeline.models import MODULES
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import plan_sections
+from core.request import parse_request
+from core.timing import JobTimer
 from core.worker import Worker
-from diffusers_helper import memory
+from diffusers_helper.memory import GB, weight_bytes
 from diffusers_helper.vae import decode_latents
 
-
-def run(title: str, **fields) -> dict:
-    """One job through the handler; prints its timings and digests of its latents and its video."""
-    latents = hashlib.sha256()
-    core.job.generate_video_sync = partial(
-        generate_video_sync, on_section=lambda sampled: latents.update(sampled.latents.numpy().tobytes())
-    )
-    job = {"id": title, "input": {"input_image": random_image(), "prompt": PROMPT} | fields}
-    reply = asyncio.run(handler.handler(job))
-    video = base64.b64decode(reply.pop("video_base64", ""))
-    reply["latents"], reply["video"] = latents.hexdigest()[:8], hashlib.sha256(video).hexdigest()[:8]
-    shown = {
-        k: reply.get(k) for k in ("error", "timings", "worker", "warnings", "frames", "latents", "video")
-    }
-    print(f"== {title}\n{json.dumps(shown, indent=1)}", flush=True)
-    return reply
+ROWS = ("load", "step", "job", "teacache")
+PARTS = ("hunyuan", "redux", "framepack")
+ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder", "vae")
 
 
-def decode_peaks(models: Models, frames: int) -> None:
-    """Peak GPU memory of a decode above what is allocated before it, untiled and tiled."""
-    latents = torch.randn(
-        1, 16, frames, HEIGHT // 8, WIDTH // 8, device=models.device, dtype=models.vae.dtype
-    )
-    for tiled in (False, True):
-        memory.release_unused_memory(models.device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        started = time.perf_counter()
-        decode_latents(latents, models.vae, models.device, tiled)
-        seconds = time.perf_counter() - started
-        allocated = (torch.cuda.max_memory_allocated() - before) / memory.GB
-        reserved = torch.cuda.max_memory_reserved() / memory.GB - before / memory.GB
-        print(
-            f"decode of {frames} latent frames, tiled={tiled}: {seconds:.2f} s, "
-            f"peak {allocated:.1f} GB allocated, {reserved:.1f} GB reserved",
-            flush=True,
-        )
+@dataclass(frozen=True)
+class Row:
+    """One thing measured of both; `unit` is s or GB."""
+
+    name: str
+    ours: float
+    official: float | None = None
+    floor: float | None = None
+    unit: str = "s"
+
+    def cells(self) -> str:
+        def shown(value: float | None) -> str:
+            return "—" if value is None else f"{value:.3f} {self.unit}"
+
+        ratio = "—" if self.official is None else f"{self.ours / self.official:.3f}"
+        above = "—" if not self.floor else f"{self.ours / self.floor:.2f}"
+        values = [self.name, shown(self.floor), shown(self.ours), shown(self.official), ratio, above]
+        return f"| {' | '.join(values)} |"
 
 
-def official_class(checkout: Path) -> type:
-    """The official model class; its package has our package's name, so ours steps aside while it loads."""
-    ours = {
-        name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "diffusers_helper"
-    }
-    path = sys.path
-    sys.path = [
-        str(checkout),
-        *(p for p in path if not (Path(p or ".") / "diffusers_helper/__init__.py").exists()),
-    ]
-    try:
-        module = importlib.import_module("diffusers_helper.models.hunyuan_video_packed")
-    finally:
-        sys.path = path
-        for name in [name for name in sys.modules if name.split(".")[0] == "diffusers_helper"]:
-            del sys.modules[name]
-        sys.modules.update(ours)
-    return module.HunyuanVideoTransformer3DModelPacked
+def table(rows: list[Row]) -> str:
+    head = ["| | floor | ours | official | ours ÷ official | ours ÷ floor |", "|---|---|---|---|---|---|"]
+    return "\n".join([*head, *(row.cells() for row in rows)])
 
 
-def compare_with_official(models: Models, checkout: Path, rounds: int) -> None:
-    """Both models on the same inputs and weights, in turn: relative difference and step time."""
-    device, dtype = models.device, models.transformer_dtype
-    ours = models.transformer
-    with torch.device("meta"):
-        theirs = official_class(checkout).from_config(ours.config)
-    theirs.load_state_dict(ours.state_dict(), assign=True)
-    theirs.eval().requires_grad_(False)
-    theirs.high_quality_fp32_output_for_inference = True
+def load_row(folder: Path, official: Path | None, rounds: int) -> Row:
+    """Cold loads in processes of their own, in turn; the floor is reading the files."""
 
+    def child(*arguments: str) -> float:
+        command = [sys.executable, "-m", "benchmarks.cold_load", str(folder), *arguments]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        return float(done.stdout.split()[-1])
+
+    files = [path for part in PARTS for path in (folder / part).rglob("*.safetensors")]
+    read = sum(p.stat().st_size for p in files) / floors.disk_rate(max(files, key=lambda p: p.stat().st_size))
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours.append(child())
+        if official:
+            theirs.append(child("--official", str(official)))
+    return Row("cold load", median(ours), median(theirs) if theirs else None, read)
+
+
+def one_evaluation(
+    models: Models, official: torch.nn.Module | None, window: int
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """The transformer called as in an I2V job's section that has others before and after it, by name."""
+    device, dtype, config = models.device, models.transformer_dtype, models.transformer.config
     generator = torch.Generator(device).manual_seed(1)
 
-    def randn(*shape: int, to: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(to)
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    section = plan_sections(5, 9, "i2v").sections[1]
+    section = plan_sections(4 * window * 4 / 30, window, "i2v").sections[1]
     h, w = HEIGHT // 8, WIDTH // 8
     history = pack_history(
         section, randn(1, 16, 1, h, w).float().cpu(), randn(1, 16, 19, h, w).float().cpu(), False, models
@@ -115,14 +108,18 @@ def compare_with_official(models: Models, checkout: Path, rounds: int) -> None:
     mask = torch.zeros(1, 512, dtype=torch.bool, device=device)
     mask[:, :80] = True
     shared = {
-        "hidden_states": randn(1, 16, 9, h, w),
+        "hidden_states": randn(1, 16, window, h, w),
         "timestep": torch.tensor([700.0], device=device, dtype=dtype),
         "guidance": torch.tensor([10_000.0], device=device, dtype=dtype),
-        "encoder_hidden_states": randn(1, 512, ours.config.text_embed_dim),
+        "encoder_hidden_states": randn(1, 512, config.text_embed_dim),
         "encoder_attention_mask": mask,
-        "pooled_projections": randn(1, ours.config.pooled_projection_dim),
+        "pooled_projections": randn(1, config.pooled_projection_dim),
     }
-    image = randn(1, 729, ours.config.image_proj_dim)
+    vision = models.image_encoder.config
+    image = randn(1, (vision.image_size // vision.patch_size) ** 2, config.image_proj_dim)
+    calls = {"ours": lambda: models.transformer(**shared, image_embeds=image, history=history)}
+    if official is None:
+        return calls
     names = {
         "indices_latents": "latent_indices",
         "latents_clean": "clean_latents",
@@ -132,113 +129,209 @@ def compare_with_official(models: Models, checkout: Path, rounds: int) -> None:
         "latents_history_4x": "clean_latents_4x",
         "indices_latents_history_4x": "clean_latent_4x_indices",
     }
-    packed = {
-        theirs_name: value[None] if value.ndim == 1 else value
-        for name, theirs_name in names.items()
-        if (value := getattr(history, name)) is not None
-    }
-    calls = {
-        "ours": lambda: ours(**shared, image_embeds=image, history=history),
-        "official": lambda: theirs(**shared, image_embeddings=image, return_dict=False, **packed)[0],
-    }
+
+    def theirs(value: torch.Tensor) -> torch.Tensor:
+        value = value[None] if value.ndim == 1 and not value.is_floating_point() else value
+        return value.to(official.dtype) if value.is_floating_point() else value
+
+    packed = {name: theirs(getattr(history, ours)) for ours, name in names.items()}
+    inputs = {name: theirs(value) for name, value in shared.items()} | {"image_embeddings": theirs(image)}
+    return calls | {"official": lambda: official(**inputs, **packed, return_dict=False)[0]}
+
+
+def evaluation_row(
+    calls: dict[str, Callable[[], torch.Tensor]], device: torch.device, rounds: int, floor: float
+) -> Row:
+    """In turn, `rounds` times; prints how far apart the outputs are."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         outputs = {name: call().float() for name, call in calls.items()}
-        difference = (outputs["ours"] - outputs["official"]).norm() / outputs["official"].norm()
-        times = {name: [] for name in calls}
         for _ in range(rounds):
             for name, call in calls.items():
-                torch.cuda.synchronize()
-                started = time.perf_counter()
+                started = now()
                 call()
-                torch.cuda.synchronize()
-                times[name].append(time.perf_counter() - started)
-    ratios = [a / b for a, b in zip(times["ours"], times["official"], strict=True)]
-    print(f"relative difference of the outputs: {difference.item():.3g}")
-    for name, values in times.items():
-        print(f"{name}: median {1000 * median(values):.1f} ms, min {1000 * min(values):.1f} ms")
-    print(f"step ours/official: median {median(ratios):.4f} over {rounds} pairs", flush=True)
+                times[name].append(now() - started)
+    if "official" in outputs:
+        difference = (outputs["ours"] - outputs["official"]).norm() / outputs["official"].norm()
+        print(f"relative difference of the model's outputs: {difference.item():.3g}", flush=True)
+    official = median(times["official"]) if "official" in times else None
+    return Row("the model, one evaluation", median(times["ours"]), official, floor)
 
 
-@contextmanager
-def limited(models: Models, gigabytes: float) -> Iterator[None]:
-    """Let this process have only so much GPU memory."""
-    memory.release_unused_memory(models.device)
-    total = torch.cuda.get_device_properties(models.device).total_memory
-    torch.cuda.set_per_process_memory_fraction(gigabytes * memory.GB / total)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+@dataclass(frozen=True)
+class JobFloors:
+    """Seconds of a job's parts at the machine's measured rates."""
+
+    encode: float
+    evaluation: float
+    decode: dict[int, float]  # by latent frames
 
 
-def main() -> None:
+def job_floors(models: Models, fields: dict, evaluation: float, image: np.ndarray, rates: Rates) -> JobFloors:
+    request = parse_request(fields)
+    encode = flop_of(lambda: encode_conditioning(models, image, request, request.seed, JobTimer()))
+
+    def decode(frames: int) -> float:
+        latents = torch.zeros(1, 16, frames, HEIGHT // 8, WIDTH // 8)
+        return flop_of(lambda: decode_latents(latents, models.vae, models.device))
+
+    vae = weight_bytes(models.vae)
+    return JobFloors(
+        encode=rates.floor(encode, sum(weight_bytes(getattr(models, name)) for name in ENCODERS)),
+        evaluation=evaluation,
+        decode={frames: rates.floor(decode(frames), vae) for frames in {*decoded_frames(fields)}},
+    )
+
+
+def decoded_frames(fields: dict) -> list[int]:
+    """Latent frames that each section decodes: an I2V job's first one all it has."""
+    window = fields["latent_window_size"]
+    plan = plan_sections(fields["total_second_length"], window, "i2v")
+    return [s.decode_frames or window + s.adds_start for s in plan.sections]
+
+
+def stage_rows(
+    ours: list[TimedJob], official: list[TimedJob], fields: dict, floor: JobFloors, mp4_floor: float
+) -> list[Row]:
+    """The stages of whole jobs without TeaCache: medians over jobs and sections."""
+
+    def row(name: str, of: Callable[[TimedJob], float | Sequence[float]], least: float) -> Row:
+        def middle(jobs: list[TimedJob]) -> float:
+            values = [of(job) for job in jobs]
+            return median(x for value in values for x in (value if isinstance(value, list) else [value]))
+
+        return Row(name, middle(ours), middle(official) if official else None, least)
+
+    frames = decoded_frames(fields)
+    window, steps = fields["latent_window_size"], fields["steps"]
+
+    def decode_row(latent_frames: int) -> Row:
+        at = [i for i, number in enumerate(frames) if number == latent_frames]
+        name = f"decode, {latent_frames} latent frames"
+        return row(name, lambda job: [job.decode[i] for i in at], floor.decode[latent_frames])
+
+    return [
+        row("encode: text, VAE, CLIP vision", lambda job: job.encode, floor.encode),
+        row("step", lambda job: job.step, floor.evaluation),
+        row(f"section of {steps} steps, window {window}", lambda job: job.sample, steps * floor.evaluation),
+        *(decode_row(number) for number in dict.fromkeys(frames)),
+        row("MP4, the whole video", lambda job: job.mp4, mp4_floor),
+    ]
+
+
+def job_row(
+    name: str, ours: list[TimedJob], official: list[TimedJob], fields: dict, floor: JobFloors, mp4: float
+) -> Row:
+    """Whole jobs; the floor is of the evaluations that ours computed."""
+    decode = sum(floor.decode[number] for number in decoded_frames(fields))
+    least = floor.encode + ours[0].computed * floor.evaluation + decode + mp4
+
+    def total(jobs: list[TimedJob]) -> float:
+        return median(job.total for job in jobs)
+
+    computed = " and ".join(str(jobs[0].computed) for jobs in (ours, official) if jobs)
+    return Row(f"{name} ({computed} evaluations)", total(ours), total(official) if official else None, least)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path)
-    parser.add_argument("--official", type=Path)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--official", type=Path, help="a checkout of the official code; without it only ours")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="what to measure (all)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of a job's video (5)")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--resident", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--swap-gb", type=float, nargs="*", default=[])
-    parser.add_argument("--out-of-memory", action="store_true", help="a resident job with no room to work in")
-    options = parser.parse_args()
+    parser.add_argument("--window", type=int, default=9)
+    parser.add_argument("--crf", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=8, help="pairs of evaluations (8)")
+    parser.add_argument("--jobs", type=int, default=1, help="pairs of jobs, and of cold loads (1)")
+    options = parser.parse_args(arguments)
+    asked = set(options.rows)
 
-    models = Models(profile_of(options.models), torch.device("cuda", 0), "resident")
-    weights = sum(memory.weight_bytes(getattr(models, name)) for name in MODULES) / memory.GB
-    print(f"loaded in {models.load_seconds:.1f} s, {weights:.1f} GB of weights", flush=True)
-    handler.worker = Worker(lambda: models)
-    exact = {"use_teacache": False, "steps": options.steps}
-    replies = {}
+    rows = []
+    if "load" in asked:
+        rows.append(load_row(options.models, options.official, options.jobs))
+    if asked > {"load"} or "load" not in asked:
+        rows[:0] = measured_rows(options, asked)
+    print(f"\n{machine()}, {WIDTH}×{HEIGHT}, window {options.window}, {options.steps} steps")
+    print(table(rows))
 
-    def job(title: str, **fields) -> None:
-        replies[title] = run(title, **fields)
 
-    if options.official:
-        compare_with_official(models, options.official, options.rounds)
-    if options.resident:
-        decode_peaks(models, 9)
-        job("resident, 1 section", total_second_length=1, **exact)
-        job("resident, 2 sections", total_second_length=2.4, **exact)
-        job("resident, 2 sections, TeaCache", total_second_length=2.4, steps=options.steps)
-    if options.out_of_memory:
-        title = "resident, 1 GB beside the weights, 2 steps"
-        with limited(models, torch.cuda.memory_allocated() / memory.GB + 1):
-            job(title, total_second_length=1, steps=2)
-    if options.swap_gb:
-        models.set_memory_mode("swap")
-        started = time.perf_counter()
-        for module in (models.text_encoder, models.transformer):
-            memory.DynamicSwapInstaller.install_model(module, models.device)
-            memory.DynamicSwapInstaller.uninstall_model(module)
-        print(f"text encoder and transformer pinned in {time.perf_counter() - started:.1f} s", flush=True)
-        job("swap, all memory", total_second_length=1, **exact)
-    for limit in options.swap_gb:
-        with limited(models, limit):
-            job(f"swap, {limit:g} GB", total_second_length=1, **exact)
+def measured_rows(options: argparse.Namespace, asked: set[str]) -> list[Row]:
+    """All but the cold load: on models that are loaded once."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    models = Models(profile_of(options.models), device, "resident")
+    weights = sum(weight_bytes(getattr(models, name)) for name in MODULES) / GB
+    rates = measured_rates(device)
+    print(f"{weights:.1f} GB of weights; {rates.flops / 1e12:.3g} TFLOP/s, {rates.bandwidth / 1e9:.4g} GB/s")
+    fields = {
+        "input_image": random_image(),
+        "prompt": PROMPT,
+        "seed": 31337,
+        "total_second_length": options.seconds,
+        "latent_window_size": options.window,
+        "steps": options.steps,
+        "mp4_crf": options.crf,
+        "use_teacache": False,
+    }
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(fields["input_image"]))))
 
-    card, size = torch.cuda.get_device_name(0), f"{WIDTH}×{HEIGHT}"
-    print(f"\n{card}, torch {torch.__version__}, bf16, {size}, window 9, {options.steps} steps")
-    print("| job | text | VAE | CLIP | sample | step | decode | MP4 | total | peak GB | latents | video |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    for title, reply in replies.items():
-        if "error" in reply:
-            print(f"| {title} | {reply['error']} |")
-            continue
-        t = reply["timings"]
-        cells = [
-            title,
-            f"{t['text_encode']:.2f}",
-            f"{t['image_encode']['vae']:.2f}",
-            f"{t['image_encode']['clip_vision']:.2f}",
-            " + ".join(f"{s['sample']:.1f}" for s in t["sections"]),
-            f"{1000 * t['step']['median']:.0f} ms",
-            " + ".join(f"{s['decode']:.1f}" for s in t["sections"]),
-            f"{t['mp4_encode']:.2f}",
-            f"{t['total']:.1f} s",
-            f"{reply['worker']['peak_memory_gb']:.1f}",
-            reply["latents"],
-            reply["video"],
-        ]
-        print(f"| {' | '.join(cells)} |")
+    with tempfile.TemporaryDirectory() as folder:
+        demo = OfficialDemo(options.official, twins(models), Path(folder)) if options.official else None
+        if demo:
+            print(f"the official code attends by {demo.attention}", flush=True)
+        video = KeptVideo(Path(folder) / "ours.mp4")
+        worker = Worker(lambda: models, deliver=video)
+        calls = one_evaluation(models, demo and demo.transformer, options.window)
+        with torch.inference_mode():
+            flop = flop_of(calls["ours"])
+        evaluation = rates.floor(flop, weight_bytes(models.transformer))
+        rows = [evaluation_row(calls, device, options.rounds, evaluation)] if "step" in asked else []
+        if not asked & {"job", "teacache"}:
+            return rows
+
+        def both(**changed) -> tuple[list[TimedJob], list[TimedJob]]:
+            ours, official = [], []
+            for _ in range(options.jobs):
+                ours.append(run_ours(worker, fields | changed))
+                print("ours:", line(ours[-1]), flush=True)
+                if demo:
+                    official.append(demo.run(image, fields | changed))
+                    print("official:", line(official[-1]), flush=True)
+            return ours, official
+
+        print("warming up", flush=True)
+        floor = job_floors(models, fields, evaluation, image, rates)
+        both(total_second_length=1.0, steps=2)
+        seconds = f"job of {options.seconds:g} s"
+        if "job" in asked:
+            ours, official = both()
+            mp4 = floors.ffmpeg_alone(video.path, WIDTH, HEIGHT, options.crf)
+            rows += stage_rows(ours, official, fields, floor, mp4)
+            rows.append(job_row(seconds, ours, official, fields, floor, mp4))
+            if device.type == "cuda":
+                peaks = ours[0].peak_gb, official[0].peak_gb if official else None
+                rows.append(Row("peak GPU memory", *peaks, floor=weights, unit="GB"))
+        if "teacache" in asked:
+            ours, official = both(use_teacache=True)
+            mp4 = floors.ffmpeg_alone(video.path, WIDTH, HEIGHT, options.crf)
+            rows.append(job_row(f"{seconds}, TeaCache", ours, official, fields, floor, mp4))
+        return rows
+
+
+def line(job: TimedJob) -> str:
+    """On one line, to the millisecond."""
+    return json.dumps(json.loads(json.dumps(vars(job)), parse_float=lambda text: round(float(text), 3)))
+
+
+def machine() -> str:
+    card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "a CPU"
+    return ", ".join([card, *(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))])
 
 
 if __name__ == "__main__":

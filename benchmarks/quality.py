@@ -40,15 +40,15 @@ from builder.demo.scene import Event, Meaning, Scene, test_scenes
 from builder.demo.similarity import first_frame_psnr, psnr, ssim
 from builder.demo.tracks import Tracks
 from builder.demo.world import render
+from builder.measure_magnitudes import measure
 from core.images import decode_image
 from core.pipeline import Models, generate_video_sync, initialize_models
-from core.pipeline.profiles import DEMO_MODELS
+from core.pipeline.profiles import DEMO_MODELS, Direction
 from core.pipeline.sections import FPS
-from core.request import parse_request
+from core.request import VideoRequest, parse_request
 from core.settings import Settings
 from core.timing import JobTimer
 from diffusers_helper.blending import to_uint8
-from diffusers_helper.teacache import THRESHOLD, TeaCache
 from diffusers_helper.vae import decode_latents
 
 EQUAL = 100.0  # dB, in place of infinity for equal frames
@@ -174,7 +174,7 @@ def judge_all(samples: list[Sample], folder: Path, processes: int) -> list[dict]
 
 def _length(sample: Sample) -> int:
     """About how many sections it takes."""
-    return SETS[sample.set].sections * (20 if sample.set == "costs" else 1)
+    return SETS[sample.set].sections * (50 if sample.set == "costs" else 1)
 
 
 def _judge_with(folder: Path, sample: Sample) -> dict:
@@ -247,7 +247,8 @@ def compare(models: Models, sample: Sample) -> dict:
     """The same video with each of `choices`, the first of which is exact."""
     truth = sample.true_clip()
     wrong = wrong_meanings(sample.scene, sample.rng)["other verb"]
-    job = sample.job | {"n_prompt": describe(wrong, sample.rng), "use_teacache": False}
+    job = sample.job | {"n_prompt": describe(wrong, sample.rng), "cache": "none"}
+    measure_magnitudes(models, job["model"])
     exact, found = None, []
     for choice in choices(models.device):
         with choice.made(models):
@@ -267,13 +268,23 @@ def compare(models: Models, sample: Sample) -> dict:
     return {"prompt": job["prompt"], "seed": job["seed"], "choices": found}
 
 
+def measure_magnitudes(models: Models, direction: Direction) -> None:
+    """Give MagCache what it needs of models that have not been measured, from one scene that is always the
+    same."""
+    sample = draw_samples(["i2v"], 0.0)[0]
+    models.use_direction(direction)
+    if direction not in models.magnitudes:
+        picture = sample.true_clip()[0]
+        request = request_for(picture, sample.job | {"model": direction})
+        models.magnitudes |= {direction: measure(models, picture, request)}
+
+
 @dataclass(frozen=True)
 class Choice:
     """One way to make a video: what is asked of the worker, and what is set inside it."""
 
     name: str
     fields: dict = field(default_factory=dict)
-    threshold: float = THRESHOLD
     tiled: bool = False
     transformer: torch.dtype | None = None  # None: the worker's own on this device
     vae: torch.dtype | None = None
@@ -282,8 +293,7 @@ class Choice:
     def made(self, models: Models) -> Iterator[None]:
         """Inside the block the worker works so."""
         usual = models.transformer_dtype, models.vae.dtype
-        default = mock.patch.object(TeaCache.__init__, "__defaults__", (self.threshold,))
-        with default, mock.patch.multiple(models.vae, **TILES):
+        with mock.patch.multiple(models.vae, **TILES):
             try:
                 _compute_in(models, self.transformer or usual[0], self.vae or usual[1])
                 yield
@@ -291,13 +301,30 @@ class Choice:
                 _compute_in(models, *usual)
 
 
+# kind and order of extrapolation (a + for each) → thresholds; the kind's default is among them
+CACHES = {
+    ("teacache", 0): (0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
+    ("teacache", 1): (0.15, 0.3),
+    ("magcache", 0): (0.05, 0.1, 0.15, 0.25),
+    ("magcache", 1): (0.1, 0.25),
+    ("firstblock", 0): (0.03, 0.06, 0.1, 0.15, 0.25),
+    ("firstblock", 1): (0.06, 0.15),
+}
+
+
 def choices(device: torch.device) -> list[Choice]:
     """All that the request or the device offers; on a CPU everything is float32."""
-    teacache = [0.05, 0.1, 0.15, 0.2, 0.25, 0.3]  # a request says only yes or no, which is THRESHOLD
     offered = [
         Choice("exact"),
-        *(Choice(f"TeaCache {t:g}", {"use_teacache": True}, threshold=t) for t in teacache),
+        *(
+            Choice(f"{kind}{'+' * order} {t:g}", {"cache": kind, "cache_threshold": t, "cache_order": order})
+            for (kind, order), thresholds in CACHES.items()
+            for t in thresholds
+        ),
         *(Choice(f"steps {n}", {"steps": n}) for n in (20, 15, 10)),
+        *(Choice(f"bh2 {n}", {"sampler": "unipc_bh2", "steps": n}) for n in (25, 15, 10)),
+        *(Choice(f"euler {n}", {"sampler": "euler", "steps": n}) for n in (50, 25, 15)),
+        *(Choice(f"shift {value:g}", {"shift": value}) for value in (1.0, 3.0, 5.0, 7.0)),
         Choice("cfg 2", {"cfg": 2.0}),
         Choice("tiled decode", tiled=True),
         *(Choice(f"crf {n}", {"mp4_crf": n}) for n in (0, 23, 28)),
@@ -325,9 +352,7 @@ def generate(
     models: Models, picture: np.ndarray, job: dict, frugal: bool = False
 ) -> tuple[np.ndarray, JobTimer]:
     """The worker's video (T, H, W, 3) uint8 for a picture (H, W, 3) and the other fields of a request."""
-    png = io.BytesIO()
-    Image.fromarray(picture).save(png, "PNG")
-    request = parse_request({"input_image": base64.b64encode(png.getvalue()).decode()} | job)
+    request = request_for(picture, job)
     models.use_direction(request.model)
     gpu = models.device.type == "cuda"
     timer = JobTimer(wait=torch.cuda.synchronize if gpu else lambda: None)
@@ -341,6 +366,12 @@ def generate(
             frugal=frugal,
         )
         return read_video(video.path), timer
+
+
+def request_for(picture: np.ndarray, job: dict) -> VideoRequest:
+    png = io.BytesIO()
+    Image.fromarray(picture).save(png, "PNG")
+    return parse_request({"input_image": base64.b64encode(png.getvalue()).decode()} | job)
 
 
 def sampling_seconds(timer: JobTimer) -> float:

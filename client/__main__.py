@@ -9,10 +9,11 @@ from pathlib import Path
 from client.api import Endpoint, Job, LocalServer
 from client.display import Display
 from client.errors import CancelledError, ClientError, JobError, SaveError, TimedOutError
+from client.files import suffix_of
 from client.interrupt import HeldInterrupt
 from client.options import check_options, default_output, parse_options
 from client.request import build_request
-from client.saving import Download, check_destination, save_preview, save_video
+from client.saving import Download, check_destination, places, save_jpeg, save_video, videos_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +39,8 @@ def run(options: argparse.Namespace, display: Display) -> dict:
     """A job from the command line to its saved video; the reply without the video. Raises ClientError."""
     path = options.output or default_output(options)
     if not options.detach:
-        check_destination(path, options.force)
+        for place in places(path, options.num_outputs or 1):
+            check_destination(place, options.force)
     if options.preview_file is not None:
         check_destination(options.preview_file, options.force)
     if options.local is not None:
@@ -85,7 +87,7 @@ def follow(endpoint: Endpoint, job_id: str, options: argparse.Namespace, display
         preview = job.output.get("preview") if isinstance(job.output, dict) else None
         if options.preview_file is not None and isinstance(preview, str):
             try:
-                save_preview(preview, options.preview_file)
+                save_jpeg(preview, options.preview_file, "The preview", overwrite=True)
             except SaveError as error:  # no reason to leave the job
                 display.note(str(error))
     return job
@@ -95,13 +97,30 @@ def deliver(job: Job, path: Path, options: argparse.Namespace, display: Display)
     """Save a finished job's video. Raises JobError, TimedOutError, SaveError or CancelledError."""
     check_completed(job)
     download = Download(options.poll_interval, display.note, display.received, options.local is not None)
+    content_type = job.output.get("content_type") if isinstance(job.output, dict) else None
+    if options.output is None:
+        path = path.with_suffix(suffix_of(content_type))
+    videos = videos_of(job.output, path)
     try:
-        save_video(job.output, path, options.force, download)
+        for reply, place in videos:
+            save_video(reply, content_type, place, options.force, download)
+            if isinstance(poster := reply.get("poster_base64"), str):
+                beside = place.with_name(f"{place.stem}-poster.jpg")
+                save_jpeg(poster, beside, "The poster", options.force)
     except KeyboardInterrupt:
         raise CancelledError("Interrupted; the job is done.", resumable=True) from None
-    display.saved(path, job)
-    output = {name: value for name, value in job.output.items() if name != "video_base64"}
-    return job.reply | {"output": output, "saved": str(path)}
+    display.saved(videos, job)
+    saved = [str(place) for _, place in videos]
+    several = isinstance(job.output.get("outputs"), list)
+    return job.reply | {"output": without_files(job.output), "saved": saved if several else saved[0]}
+
+
+def without_files(output: dict) -> dict:
+    """A reply without what would fill a screen."""
+    told = {name: value for name, value in output.items() if name not in ("video_base64", "poster_base64")}
+    if isinstance(told.get("outputs"), list):
+        told["outputs"] = [without_files(entry) for entry in told["outputs"] if isinstance(entry, dict)]
+    return told
 
 
 def check_completed(job: Job) -> None:

@@ -109,14 +109,16 @@ class Display:
             self._console.print(printable(sentence))
         self._noted = sentence
 
-    def saved(self, path: Path, job: Job) -> None:
-        """The video's figures, the worker's warnings and the timing table."""
+    def saved(self, videos: list[tuple[dict, Path]], job: Job) -> None:
+        """The videos' figures, the worker's warnings and the timing table."""
         self._stop()  # or the bar would come below them
-        facts = [f"{path.stat().st_size / 1e6:.2f} MB"]
-        facts += [fact.format_map(job.output) for fact, names in FACTS if names <= job.output.keys()]
-        self.note(f"Saved {path}: {', '.join(facts)}.")
-        if job.output.get("partial") is True:
-            self.note("The video is partial.")
+        for output, path in videos:
+            told = job.output | output
+            facts = [f"{path.stat().st_size / 1e6:.2f} MB"]
+            facts += [fact.format_map(told) for fact, names in FACTS if names <= told.keys()]
+            self.note(f"Saved {path}: {', '.join(facts)}.")
+            if told.get("partial") is True:
+                self.note("The video is partial.")
         warnings = job.output.get("warnings")
         for warning in warnings if isinstance(warnings, list) else []:
             self.note(f"Warning: {warning}")

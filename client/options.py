@@ -11,6 +11,7 @@ import httpx
 
 from client.api import JOB_ID, RUNPOD_URL, is_loopback
 from client.errors import UsageError
+from client.files import FORMATS
 
 EPILOG = """\
 environment:
@@ -40,7 +41,11 @@ FIELD_FLAGS = (
     ("--gs", "gs", float, "X", "distilled guidance (10)"),
     ("--resolution", "resolution", int, "N", "side of the square whose area the frame has (640)"),
     ("--negative-prompt", "n_prompt", str, "TEXT", "what to avoid, where --cfg is above 1"),
-    ("--crf", "mp4_crf", int, "N", "H.264 quality, 0 to 51; lower is better and larger (16)"),
+    ("--crf", "mp4_crf", int, "N", "quality, 0 to 51; lower is better and larger (16)"),
+    ("--format", "format", str, "NAME", "mp4, webm, gif or png_sequence (mp4)"),
+    ("--codec", "codec", str, "NAME", "h264, h265, vp9 or av1 (the format's)"),
+    ("--fps", "fps", int, "N", "frames per second that the file is played at (30)"),
+    ("--outputs", "num_outputs", int, "N", "videos with consecutive seeds, 1 to 4 (1)"),
     ("--timeout", "timeout_s", float, "S", "the worker's own limit for the job"),
 )
 FIELDS = (*(field for _, field, *_ in FIELD_FLAGS), "partial", "preview")
@@ -83,13 +88,17 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def default_output(options: argparse.Namespace) -> Path:
-    """Named after the job, the image or the input file, in the current folder."""
+    """Named after the job, the image or the input file, in the current folder.
+
+    Its suffix is of the format that a flag asks for; the reply's content type has the last word.
+    """
     if options.resume is not None:
         return Path(f"{options.resume}.mp4")
+    suffix = FORMATS.get(options.format, ".mp4")
     if options.image is None:
-        return Path(f"{options.input_json.stem}.mp4")
+        return Path(f"{options.input_json.stem}{suffix}")
     source = re.sub(r"[?#].*", "", options.image) if "://" in options.image else options.image
-    return Path(f"{Path(source).stem or 'video'}.mp4")
+    return Path(f"{Path(source).stem or 'video'}{suffix}")
 
 
 def _check_resume(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""A finished job's video, base64 or URL → an MP4 file that is whole, or no file at all."""
+"""A finished job's videos, base64 or URL → files that are whole, or no file at all."""
 
 import base64
 import os
@@ -12,6 +12,7 @@ import httpx
 
 from client.api import CONNECT_S, MAX_BACKOFF_S, Note, is_loopback
 from client.errors import SaveError, UsageError
+from client.files import check_whole
 
 ANSWER_S = 60.0  # from one byte to the next
 ATTEMPTS = 6  # in a row that bring no byte
@@ -34,9 +35,24 @@ def check_destination(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} cannot be written ({error.strerror}).") from None
 
 
-def save_video(output: Any, path: Path, overwrite: bool, download: "Download") -> None:
-    """Write the video of a finished job's reply. Raises SaveError; then there is no file."""
+def places(path: Path, count: int) -> list[Path]:
+    """Where so many videos go: to `path`, or beside it with their numbers where there are several."""
+    return [path.with_stem(f"{path.stem}-{number + 1}") for number in range(count)] if count > 1 else [path]
+
+
+def videos_of(output: Any, path: Path) -> list[tuple[dict, Path]]:
+    """A finished job's reply → what it says of each video, and where that goes."""
     reply = output if isinstance(output, dict) else {}
+    outputs = reply.get("outputs")
+    if not isinstance(outputs, list) or not outputs:
+        return [(reply, path)]
+    entries = [entry if isinstance(entry, dict) else {} for entry in outputs]
+    # as the job was asked for, that the names do not depend on how many there came to be
+    return [*zip(entries, places(path, max(2, len(entries))), strict=False)]
+
+
+def save_video(reply: dict, content_type: Any, path: Path, overwrite: bool, download: "Download") -> None:
+    """Write one video of a finished job's reply. Raises SaveError; then there is no file."""
     inline, url = reply.get("video_base64"), reply.get("video_url")
     with _whole_file(path, overwrite) as file:
         if isinstance(inline, str):
@@ -47,15 +63,15 @@ def save_video(output: Any, path: Path, overwrite: bool, download: "Download") -
             raise SaveError(
                 "The job is done, but its reply holds no video; RunPod drops what is too large for it."
             )
-        _check_mp4(file)
+        check_whole(file, content_type)
 
 
-def save_preview(jpeg_base64: str, path: Path) -> None:
-    """Put a preview in the place of the last one. Raises SaveError."""
-    jpeg = _decoded(jpeg_base64, "The preview")
+def save_jpeg(jpeg_base64: str, path: Path, what: str, overwrite: bool) -> None:
+    """Write a preview or a poster. Raises SaveError."""
+    jpeg = _decoded(jpeg_base64, what)
     if not jpeg.startswith(b"\xff\xd8\xff"):
-        raise SaveError("The preview is not a JPEG.")
-    with _whole_file(path, overwrite=True) as file:
+        raise SaveError(f"{what} is not a JPEG.")
+    with _whole_file(path, overwrite) as file:
         file.write(jpeg)
 
 
@@ -156,25 +172,3 @@ def _decoded(text: str, what: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except ValueError:
         raise SaveError(f"{what} is not valid base64.") from None
-
-
-def _check_mp4(file: BinaryIO) -> None:
-    """Raises SaveError unless the file is a row of whole boxes that holds an index and the pictures."""
-    size = file.seek(0, os.SEEK_END)
-    start, kinds = 0, []
-    while start < size:
-        file.seek(start)
-        header = file.read(16)
-        length, kind = int.from_bytes(header[:4]), header[4:8]
-        if length == 1:  # too long for 32 bits
-            length = int.from_bytes(header[8:16])
-        elif length == 0:  # up to the end
-            length = size - start
-        if not kinds and kind != b"ftyp":
-            break
-        kinds.append(kind)
-        start += max(length, 8)
-    if not kinds:
-        raise SaveError("What came as the video is not an MP4.")
-    if start != size or not {b"moov", b"mdat"} <= {*kinds}:
-        raise SaveError("The video is cut short.")

@@ -1,4 +1,4 @@
-"""A finished MP4 → what the caller gets, so that no result is lost.
+"""A finished file → what the caller gets, so that no result is lost.
 
 RunPod drops a result over 10 MB (`/run`) or 20 MB (`/runsync`) without a word, so a video that is too
 large to inline goes to object storage, and where there is none, or it fails, to the network volume.
@@ -18,13 +18,13 @@ from pathlib import Path
 from core.deadline import Deadline
 from core.errors import ResultTooLargeError, TimeLimitError, UploadError, UrlRefusedError, WorkerError
 from core.fetch import guard_client
+from core.file_format import FORMATS, content_type_of
 from core.guard import check_url
 from core.request import VideoRequest
 from core.settings import Settings
 
 log = logging.getLogger(__name__)
 
-CONTENT_TYPE = "video/mp4"
 MB = 1_000_000
 PART_BYTES = 8 * 1024 * 1024  # one part in memory at a time, whatever the video's size
 MAX_ATTEMPTS = 4  # of each request, with exponential backoff
@@ -34,7 +34,7 @@ POLL_S = 0.05  # between looks at a running upload
 _CODE = re.compile(r"[A-Za-z0-9._-]{1,64}")  # what a stranger's storage says goes into a sentence and a log
 
 CheckCancelled = Callable[[], None]
-Deliver = Callable[[Path, str, VideoRequest, CheckCancelled], dict]
+Deliver = Callable[[Path, str, VideoRequest, CheckCancelled, int], dict]
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,22 @@ class Delivery:
     settings: Settings
 
     def __call__(
-        self, path: Path, job_id: str, request: VideoRequest, check_cancelled: CheckCancelled
+        self,
+        path: Path,
+        job_id: str,
+        request: VideoRequest,
+        check_cancelled: CheckCancelled,
+        taken: int = 0,
     ) -> dict:
-        """The reply's video fields for the MP4 at `path`: `video_base64`, or `video_url` with `expires_at`.
+        """The reply's video fields for the file at `path`: `video_base64`, or `video_url` with `expires_at`.
 
-        `request.output` decides: `auto` inlines what fits, `base64` never uploads, `url` always does. A
+        `request.output` decides: `auto` inlines what fits beside the `taken` bytes that the reply holds
+        already, `base64` never uploads, `url` always does. A
         failed upload is logged and falls back to base64 where the video fits. Raises ResultTooLargeError or
         UploadError, with `video_path` where the video was kept on the network volume, or CancelledError.
         """
         size = path.stat().st_size
-        fits = size <= self.settings.inline_limit_mb * MB
+        fits = size + taken <= self.settings.inline_limit_mb * MB
         output, bucket = request.output, Bucket.of(self.settings, request)
         if fits and output != "url":
             return inlined(path) | _inert(request)
@@ -113,19 +119,21 @@ class Delivery:
         kept = self.kept(path, job_id)
         if failure is not None:
             raise failure.with_details(**kept)
+        beside = f" beside the {taken / MB:.1f} MB that are in the reply" if taken else ""
+        smaller = "raise `mp4_crf`" if FORMATS[request.format].codecs else "take another `format`"
         raise ResultTooLargeError(
             f"The video has {size / MB:.1f} MB and at most {self.settings.inline_limit_mb:g} MB can be "
-            "returned inline; give object storage (`s3_config`, or the worker's BUCKET_NAME) or raise "
-            "`mp4_crf`."
+            f"returned inline{beside}; give object storage (`s3_config`, or the worker's BUCKET_NAME) or "
+            f"{smaller}."
         ).with_details(**kept)
 
-    def rescued(self, video: bytes, job_id: str) -> dict:
+    def rescued(self, video: bytes, job_id: str, suffix: str = ".mp4") -> dict:
         """As above, for a video whose inline reply the platform refused: by URL, else on the volume.
 
         Raises WorkerError, with `video_path` where the video was kept on the volume after a failed upload.
         """
         with tempfile.TemporaryDirectory(prefix="framepack-") as folder:
-            path = Path(folder) / "video.mp4"
+            path = Path(folder) / f"video{suffix}"
             path.write_bytes(video)
             request = VideoRequest.model_construct(s3_config=None)
             if bucket := Bucket.of(self.settings, request):
@@ -140,7 +148,7 @@ class Delivery:
 
         Raises UploadError, or what `check_cancelled` raises; the thread ends with its next read or time-out.
         """
-        key = f"{bucket.prefix.strip('/')}/{_file_name(job_id)}".lstrip("/")
+        key = f"{bucket.prefix.strip('/')}/{_file_name(job_id, path.suffix)}".lstrip("/")
         deadline = Deadline(self.settings.upload_timeout_s)
         upload = _Upload(path, bucket, key, self.settings)
         upload.start()
@@ -168,7 +176,7 @@ class Delivery:
         volume = self.settings.volume
         if volume is None:
             return {}
-        kept = volume / "framepack-results" / _file_name(job_id)
+        kept = volume / "framepack-results" / _file_name(job_id, path.suffix)
         try:
             kept.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, kept)
@@ -248,7 +256,7 @@ class _Upload(threading.Thread):
                     file,
                     bucket.name,
                     self._key,
-                    ExtraArgs={"ContentType": CONTENT_TYPE},
+                    ExtraArgs={"ContentType": content_type_of(self._path)},
                     Config=TransferConfig(
                         multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, use_threads=False
                     ),
@@ -265,10 +273,10 @@ class _Upload(threading.Thread):
             raise _Stop
 
 
-def _file_name(job_id: str) -> str:
+def _file_name(job_id: str, suffix: str = ".mp4") -> str:
     """RunPod's ids are letters, digits and dashes; anything else must not become a path."""
     name = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in job_id)[:100]
-    return f"{name.lstrip('.') or 'video'}.mp4"
+    return f"{name.lstrip('.') or 'video'}{suffix}"
 
 
 def _reason(error: Exception) -> str:

@@ -29,12 +29,17 @@ def _no_urls(url: str, max_bytes: int) -> bytes:
     raise ImageError("The input image cannot be given as a URL here.")
 
 
-def decode_image(text: str, fetch: Fetch = _no_urls) -> np.ndarray:
+def decode_image(
+    text: str, fetch: Fetch = _no_urls, on_file: Callable[[bytes], None] = lambda data: None
+) -> np.ndarray:
     """Decode the request's image: first frame, upright by EXIF, transparency on white.
 
-    Raises ImageError or ImageTooLargeError with the sentence for the caller, or what `fetch` raises.
+    `on_file` is shown the image's file. Raises ImageError or ImageTooLargeError with the sentence for the
+    caller, or what `fetch` raises.
     """
-    return _to_rgb(fetch(text.strip(), MAX_BYTES) if _URL.match(text[:64]) else _decode_base64(text))
+    data = fetch(text.strip(), MAX_BYTES) if _URL.match(text[:64]) else _decode_base64(text)
+    on_file(data)
+    return _to_rgb(data)
 
 
 def _decode_base64(text: str) -> bytes:

@@ -1,25 +1,34 @@
 """One job from JSON to JSON: the main path."""
 
+import base64
+import hashlib
 import logging
 import math
 import random
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
 
 from core.deadline import Deadline
-from core.delivery import CONTENT_TYPE, Deliver, inlined
+from core.delivery import Deliver, inlined
+from core.embedding import embedded
 from core.errors import OutOfMemoryError
 from core.fetch import fetch_url
+from core.ffmpeg import check_encoder
+from core.file_format import FORMATS, codec_of, inert_fields
 from core.images import Fetch, decode_image
+from core.lora_files import shown_name
+from core.outputs import Failure, Made, Turn, all_warnings, make_outputs
 from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
-from core.pipeline.loras import load_loras, lora_warnings
-from core.pipeline.sections import FPS
+from core.pipeline.caching import cache_threshold, step_caches
+from core.pipeline.loras import ChosenLora, fit_loras, load_loras, lora_warnings
 from core.progress import Progress
 from core.request import MAX_SEED, SECRETS, VideoRequest, parse_request
 from core.settings import Settings
@@ -28,7 +37,6 @@ from diffusers_helper import memory
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 LIBRARIES = ("torch", "diffusers", "transformers", "runpod")
 
 
@@ -44,17 +52,23 @@ def run_job(
 ) -> dict:
     """Make the video that `data`, a job's input, asks for. Returns the reply (docs/in_out_spec.md).
 
-    `deliver` turns the finished MP4 into the reply's video fields (core/delivery.py).
+    `deliver` turns a finished file into the reply's video fields (core/delivery.py).
     Raises WorkerError for whatever can be told to the caller; leaves no file behind and the models usable
     either way.
     """
     settings = settings or Settings()
     timer = JobTimer(wait=_gpu_wait(models.device), on_stage=_log_stage)
     request = parse_request(data)
+    check_encoder(codec_of(request.format, request.codec), request.format)
     deadline = Deadline(min(request.timeout_s or math.inf, settings.job_timeout_s))
     report(Progress())
+    image_file = hashlib.sha256()
     with timer.span("input"):
-        image = decode_image(request.input_image, fetch=_fetcher(settings, deadline, check_cancelled))
+        image = decode_image(
+            request.input_image,
+            fetch=_fetcher(settings, deadline, check_cancelled),
+            on_file=image_file.update,
+        )
 
     def check() -> None:
         check_cancelled()
@@ -65,77 +79,148 @@ def run_job(
     seed = random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
     with timer.span("model_load"):
         models.use_direction(request.model or models.profile.direction)
+    # these refuse what the model cannot have
+    step_caches(request, models.direction, models.magnitudes)
+    _, told = fit_loras(models.transformer, loras)
     if models.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(models.device)
 
-    with ExitStack() as cleanup:
+    job = _Job(
+        models,
+        settings,
+        request,
+        image,
+        image_file.hexdigest(),
+        loras,
+        job_id,
+        deadline,
+        check_cancelled,
+        deliver,
+    )
+    outputs, failure = make_outputs(job.make, seed, request.num_outputs, timer, report)
+    return _reply(request, models, seed, told, outputs, failure, timer)
 
-        def temporary_mp4(parent: Path | None = None) -> Path:
-            folder = tempfile.TemporaryDirectory(prefix="framepack-", dir=parent)
-            return Path(cleanup.enter_context(folder)) / "video.mp4"
 
-        def spare_mp4() -> Path:
-            """Elsewhere than where the encoding failed: on the volume, if there is one."""
-            return temporary_mp4(settings.volume)
+@dataclass(frozen=True)
+class _Job:
+    """All that its outputs have in common."""
 
-        output_filename = temporary_mp4()
+    models: Models
+    settings: Settings
+    request: VideoRequest
+    image: np.ndarray
+    image_sha256: str
+    loras: tuple[ChosenLora, ...]
+    job_id: str
+    deadline: Deadline
+    check_cancelled: Callable[[], None]
+    deliver: Deliver
 
-        def generate(frugal: bool = False) -> tuple[GeneratedVideo, list[dict]]:
-            with timer.span("loras"):
-                used = models.use_loras(loras, check)
-            video = generate_video_sync(
-                models,
-                image,
-                request,
-                output_filename,
-                seed=seed,
-                timer=timer,
-                report=report,
-                check_cancelled=check_cancelled,
-                deadline=deadline,
-                frugal=frugal,
-                spare_filename=spare_mp4,
-            )
-            return video, used
+    def check(self) -> None:
+        """Raises when the job is cancelled or its time is up."""
+        self.check_cancelled()
+        self.deadline.check()
 
-        try:
-            (video, used_loras), retried = _with_memory_retry(models, timer, generate)
-        finally:
-            memory.release_unused_memory(models.device)
-        report(
-            Progress(
-                sections=video.sections,
-                steps=request.steps,
-                stage="deliver",
-                section=video.sections,
-                step=request.steps,
-            )
-        )
-        with timer.span("deliver"):
-            delivered = deliver(video.path, job_id, request, check_cancelled)
+    def make(self, turn: Turn) -> Made:
+        """One video, generated and delivered; its file is gone when this returns."""
+        with ExitStack() as cleanup:
 
-    warnings = _warnings(request, video, models, settings, retried) + lora_warnings(used_loras)
-    if note := delivered.pop("delivery_warning", None):
-        warnings.append(note)
-    return delivered | {
-        "content_type": CONTENT_TYPE,
-        "seed": seed,
-        "width": video.width,
-        "height": video.height,
-        "fps": FPS,
-        "frames": video.frames,
-        "duration_s": round(video.frames / FPS, 3),
-        "sections": video.sections,
-        "partial": video.sections < len(video.plan.sections),
-        "parameters": _parameters(request, seed, models, used_loras),
-        "loras": used_loras,
-        "warnings": warnings,
-        "timings": _timings(timer),
-        "worker": _worker(models, retried),
+            def temporary_file(parent: Path | None = None) -> Path:
+                folder = tempfile.TemporaryDirectory(prefix="framepack-", dir=parent)
+                return Path(cleanup.enter_context(folder)) / f"video{FORMATS[self.request.format].suffix}"
+
+            output_filename = temporary_file()
+
+            def embed(decided: dict) -> str:
+                alone = _parameters(self.request, turn.seed, self.models) | {"num_outputs": 1} | decided
+                return embedded(alone, self.models.profile.name, self.image_sha256)
+
+            def generate(frugal: bool = False) -> GeneratedVideo:
+                with turn.timer.span("loras"):
+                    self.models.use_loras(self.loras, self.check)
+                return generate_video_sync(
+                    self.models,
+                    self.image,
+                    self.request,
+                    output_filename,
+                    seed=turn.seed,
+                    timer=turn.timer,
+                    report=turn.report,
+                    check_cancelled=self.check_cancelled,
+                    deadline=self.deadline,
+                    frugal=frugal,
+                    # elsewhere than where the encoding failed: on the volume, if there is one
+                    spare_filename=lambda: temporary_file(self.settings.volume),
+                    shared=turn.shared,
+                    embed=embed if self.request.embed_parameters else None,
+                )
+
+            try:
+                video, retried = _with_memory_retry(self.models, turn.timer, generate)
+            finally:
+                memory.release_unused_memory(self.models.device)
+            progress = Progress(sections=video.sections, steps=self.request.steps)
+            turn.report(progress.at("deliver", section=video.sections, step=self.request.steps))
+            poster = video.poster or b""
+            with turn.timer.span("deliver"):
+                delivered = self.deliver(
+                    video.path,
+                    turn.name(self.job_id),
+                    self.request,
+                    self.check_cancelled,
+                    turn.taken + len(poster),
+                )
+            inline_bytes = len(poster)
+            if "video_base64" in delivered:
+                inline_bytes += video.path.stat().st_size
+        warnings = _warnings(self.request, video, self.models, self.settings, retried)
+        warnings += _inert_choices(self.request, turn.timer)
+        if note := delivered.pop("delivery_warning", None):
+            warnings.append(note)
+        if poster:
+            delivered["poster_base64"] = base64.b64encode(poster).decode("ascii")
+        reply = delivered | {
+            "seed": turn.seed,
+            "frames": video.frames,
+            "duration_s": round(video.frames / self.request.fps, 3),
+            "sections": video.sections,
+            "partial": video.sections < len(video.plan.sections),
+        }
+        return Made(video, reply, inline_bytes, warnings, retried, turn.timer)
+
+
+def _reply(
+    request: VideoRequest,
+    models: Models,
+    seed: int,
+    loras: list[dict],
+    outputs: list[Made],
+    failure: Failure | None,
+    timer: JobTimer,
+) -> dict:
+    """One output's fields beside those of the job, or several outputs in a list."""
+    first = outputs[0]
+    common = {
+        "content_type": FORMATS[request.format].content_type,
+        "width": first.video.width,
+        "height": first.video.height,
+        "fps": request.fps,
+        "requested_s": request.total_second_length,
+        "parameters": _parameters(request, seed, models) | {"shift": first.video.shift},
+        "loras": loras,
+        "warnings": all_warnings(outputs) + lora_warnings(loras) + ([failure.sentence] if failure else []),
+        "worker": _worker(models, any(output.retried for output in outputs)),
     }
+    if request.num_outputs == 1:
+        return first.reply | common | {"timings": _job_timings(timer) | _output_timings(timer)}
+    listed = [output.reply | {"timings": _output_timings(output.timer)} for output in outputs]
+    reply = {"outputs": listed, "seed": seed} | common | {"timings": _job_timings(timer)}
+    return reply | ({"refresh_worker": True} if failure and failure.refresh_worker else {})
 
 
-def _with_memory_retry(models: Models, timer: JobTimer, generate: Callable[..., T]) -> tuple[T, bool]:
+def _with_memory_retry(
+    models: Models, timer: JobTimer, generate: Callable[..., GeneratedVideo]
+) -> tuple[GeneratedVideo, bool]:
     """Generate; when the GPU's memory runs out, once more with models swapped and the VAE tiled."""
     try:
         return generate(), False
@@ -161,13 +246,16 @@ def _with_memory_retry(models: Models, timer: JobTimer, generate: Callable[..., 
     )
 
 
-def _parameters(request: VideoRequest, seed: int, models: Models, loras: list[dict]) -> dict:
-    used = request.model_dump(exclude={*SECRETS, "loras"})
+def _parameters(request: VideoRequest, seed: int, models: Models) -> dict:
+    used = request.model_dump(exclude=set(SECRETS))
     return used | {
-        "loras": [{"name": lora["name"], "weight": lora["weight"]} for lora in loras],
+        "loras": [{"name": shown_name(lora), "weight": lora.weight} for lora in request.loras],
         "seed": seed,
+        "codec": codec_of(request.format, request.codec),
         "model": models.direction,
         "resolution": request.resolution or models.profile.resolution,
+        "cache": request.cache_kind,
+        "cache_threshold": cache_threshold(request),
     }
 
 
@@ -184,6 +272,9 @@ def _warnings(
     if request.partial and request.timeout_s is None and settings.job_timeout_s == math.inf:
         warnings.append("`partial` had no effect: the job has no time limit (`timeout_s`).")
     given = request.model_fields_set
+    warnings += inert_fields(request.format, given)
+    if request.exact_length and video.sections < planned:
+        warnings.append("`exact_length` had no effect: the video is partial, and not as long as asked.")
     if request.cfg == 1:
         if request.n_prompt:
             warnings.append("`n_prompt` had no effect: it acts only where `cfg` is above 1.")
@@ -199,6 +290,26 @@ def _warnings(
         )
     elif video.tiled_decode:
         warnings.append("The video was decoded in tiles to fit the GPU's memory; seams are blended.")
+    return warnings
+
+
+def _inert_choices(request: VideoRequest, timer: JobTimer) -> list[str]:
+    """Of the sampler, the schedule and the step cache, what was asked for and changed nothing."""
+    warnings = []
+    if request.steps <= 2 and request.sampler != "unipc_bh1":
+        warnings.append("`sampler` had no effect: with one or two steps all samplers do the same.")
+    if request.steps == 1 and request.shift:
+        warnings.append("`shift` had no effect: a single step has no schedule.")
+    choices = {
+        "cache": request.cache not in (None, "none"),
+        "cache_threshold": request.cache_threshold is not None,
+        "cache_order": request.cache_order > 0,
+    }
+    asked = [name for name, is_asked in choices.items() if is_asked]
+    if request.cache_kind == "none":
+        warnings += [f"`{name}` had no effect: no step cache is used." for name in asked]
+    elif asked and all(section["steps_computed"] == section["steps"] for section in timer.sections):
+        warnings.append(f"`{asked[0]}` had no effect: every step was computed.")
     return warnings
 
 
@@ -221,10 +332,17 @@ def _log_stage(name: str, seconds: float) -> None:
     log.info("%s: %.2f s", name, seconds)
 
 
-def _timings(timer: JobTimer) -> dict:
+def _job_timings(timer: JobTimer) -> dict:
     return {
         "input": timer.seconds("input"),
         "model_load": timer.seconds("model_load"),
+        "loras": timer.seconds("loras"),
+        "total": timer.total(),
+    }
+
+
+def _output_timings(timer: JobTimer) -> dict:
+    return {
         "loras": timer.seconds("loras"),
         "text_encode": timer.seconds("text_encode"),
         "image_encode": {"vae": timer.seconds("vae_encode"), "clip_vision": timer.seconds("clip_vision")},

@@ -16,19 +16,26 @@ class Progress:
     step: int = 0
     seconds_left: float | None = None  # of sampling and decoding; None until there is a step to go by
     preview: Callable[[], str] | None = None  # makes a base64 JPEG; called only for what is really sent
+    output: int = 1  # the video being made, from 1
+    outputs: int = 1
 
     def at(self, stage: str, section: int = 0, step: int = 0, **values) -> "Progress":
         return replace(self, stage=stage, section=section, step=step, **values)
 
     @property
     def steps_done(self) -> int:
-        """Over all sections."""
-        return max(0, self.section - 1) * self.steps + self.step
+        """Over all sections of all outputs."""
+        sections = (self.output - 1) * self.sections + max(0, self.section - 1)
+        return sections * self.steps + self.step
+
+    @property
+    def steps_in_all(self) -> int:
+        return self.outputs * self.sections * self.steps
 
     @property
     def percent(self) -> int:
         """Share of the sampling steps done: they are nearly all of a job's time."""
-        return 100 * self.steps_done // (self.sections * self.steps)
+        return 100 * self.steps_done // self.steps_in_all
 
     def as_dict(self) -> dict:
         """What is sent; JSON-safe."""
@@ -41,6 +48,8 @@ class Progress:
             "percent": self.percent,
             "seconds_left": self.seconds_left,
         }
+        if self.outputs > 1:
+            shown |= {"output": self.output, "outputs": self.outputs}
         return shown | ({"preview": self.preview()} if self.preview else {})
 
 

@@ -17,11 +17,13 @@ from pydantic import (
 )
 
 from core.errors import RequestError
+from core.file_format import check_file
 
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 4000
 MAX_LISTED_ERRORS = 3
 MAX_FIELDS = 10_000  # 20 MB of JSON hold two million; refused one by one they would take 2 GB
+MIN_SHIFT = 0.1  # below it all steps but the first are at nearly no noise
 MAX_SHOWN = 40  # characters of what the caller wrote
 
 
@@ -132,7 +134,9 @@ class VideoRequest(BaseModel):
         6.0, "GB of GPU memory kept free of weights while sampling; acts only in swap mode.", ge=0, le=128
     )
     use_teacache: bool = _field(True, "Skip steps that would hardly change the result (about 2× faster).")
-    mp4_crf: Whole = _field(16, "H.264 quality: 0 is lossless, lower is better and larger.", ge=0, le=51)
+    mp4_crf: Whole = _field(
+        16, "The codec's CRF: lower is better and larger; 0 is lossless in H.264.", ge=0, le=51
+    )
     output: Literal["auto", "base64", "url"] = _field(
         "auto", "How the video is returned; auto inlines what fits and uploads the rest."
     )
@@ -155,9 +159,64 @@ class VideoRequest(BaseModel):
         multiple_of=32,
     )
 
+    sampler: Literal["unipc_bh1", "unipc_bh2", "euler"] = _field(
+        "unipc_bh1", "How the steps are taken: UniPC with B(h) = h (the official one) or e^h − 1, or Euler."
+    )
+    shift: float = _field(
+        0.0,
+        "Shift of the noise schedule, 0.1 to 20: higher spends more of the steps on strong noise; 0 takes it "
+        "from the sequence length (7 at the official sizes).",
+        ge=0,
+        le=20,
+    )
+    cache: Literal["none", "teacache", "magcache", "firstblock"] | None = _field(
+        None, "What skips steps; null is teacache where use_teacache is true, else none."
+    )
+    cache_threshold: float | None = _field(
+        None,
+        "Estimated error up to which a step is skipped: higher is faster and further off, 0 skips none; "
+        "null is the cache's own (teacache 0.15, magcache 0.1, firstblock 0.06).",
+        ge=0,
+        le=1,
+    )
+    cache_order: Whole = _field(
+        0,
+        "How a skipped step's residual is estimated: 0 takes the last one, 1 and 2 extrapolate the last "
+        "two or three (TaylorSeer).",
+        ge=0,
+        le=2,
+    )
+
+    format: Literal["mp4", "webm", "gif", "png_sequence"] = _field(
+        "mp4", "Kind of file; png_sequence is a zip of PNGs."
+    )
+    codec: Literal["h264", "h265", "vp9", "av1"] | None = _field(
+        None, "h264, h265 or av1 in an mp4, vp9 or av1 in a webm; null is the first of them."
+    )
+    fps: Whole = _field(
+        30,
+        "Frames per second that the file is played at. The model makes 30 per second of motion whatever it "
+        "is: another value changes pace and duration.",
+        ge=1,
+        le=120,
+    )
+    poster: bool = _field(False, "Return the first frame as a JPEG, too.")
+    embed_parameters: bool = _field(
+        True, "Write the request, without its image, into the file (`python -m core.reproduce` reads it)."
+    )
+    exact_length: bool = _field(
+        False, "Cut the end off at round(30 · total_second_length) frames, instead of whole sections."
+    )
+    num_outputs: Whole = _field(1, "Videos to make, with the seeds seed, seed + 1 and so on.", ge=1, le=4)
+
     loras: list[LoraChoice] = _field(
         [], "LoRAs added to the transformer's weights for this job, all at once.", max_length=8, repr=False
     )
+
+    @property
+    def cache_kind(self) -> str:
+        """`cache`, or what `use_teacache` says in its place."""
+        return self.cache or ("teacache" if self.use_teacache else "none")
 
 
 SECRETS = ("input_image", "s3_config")  # never shown or echoed
@@ -195,7 +254,9 @@ def parse_request(data: Any) -> VideoRequest:
     except ValidationError as error:
         raise RequestError(_sentence(error)) from None
     check_loras(request)
-    return request
+    _check_shift(request)
+    check_file(request.format, request.codec, request.fps)
+    return _with_one_cache(request)
 
 
 def check_loras(request: VideoRequest) -> None:
@@ -203,6 +264,25 @@ def check_loras(request: VideoRequest) -> None:
     for number, lora in enumerate(request.loras):
         if (lora.name is None) == (lora.url is None):
             raise RequestError(f"`loras.{number}` must have a `name` or a `url`, and not both.")
+
+
+def _check_shift(request: VideoRequest) -> None:
+    if 0 < request.shift < MIN_SHIFT:
+        raise RequestError(
+            f"`shift` must be 0 (automatic) or at least {MIN_SHIFT:g} (got {_show(request.shift)})."
+        )
+
+
+def _with_one_cache(request: VideoRequest) -> VideoRequest:
+    """With `use_teacache` as `cache` has it. Raises RequestError where both were given and differ."""
+    if request.cache is None or request.use_teacache == (request.cache == "teacache"):
+        return request
+    if "use_teacache" in request.model_fields_set:
+        raise RequestError(
+            f"`use_teacache` {_show(request.use_teacache)} and `cache` {request.cache} contradict each "
+            "other; give one of them."
+        )
+    return request.model_copy(update={"use_teacache": not request.use_teacache})
 
 
 def _check_size(what: str, value: Any) -> None:
@@ -226,7 +306,8 @@ def _fault(fault: dict[str, Any]) -> str:
     part = part.lstrip("0123456789.") if field == "loras" else part
     got = f"(got {_kind(fault['input']) if field in SECRETS else _show(fault['input'])})"
     if kind == "extra_forbidden":
-        known = NESTED[field].model_fields if part else [*VideoRequest.model_fields, *ALIASES]
+        nested = part and field in NESTED  # a stranger's name may have dots of its own
+        known = NESTED[field].model_fields if nested else [*VideoRequest.model_fields, *ALIASES]
         near = difflib.get_close_matches(part or field, known, n=1)
         return f"`{_short(name)}` is not a known field" + (f" (did you mean `{near[0]}`?)" if near else "")
     match kind:

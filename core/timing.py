@@ -28,6 +28,10 @@ class JobTimer:
         self.steps: list[float] = []
         self.sections: list[dict] = []
 
+    def another(self) -> "JobTimer":
+        """A new one that measures in the same way."""
+        return JobTimer(self._clock, self._wait, self._on_stage)
+
     def restart(self) -> None:
         """Forget sections and steps of an attempt that failed; stages and the total go on counting."""
         self.steps, self.sections = [], []

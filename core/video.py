@@ -1,62 +1,128 @@
-"""Frames → H.264 MP4, streamed to ffmpeg frame by frame."""
+"""Frames → the file that was asked for, frame by frame: no more than one is held here."""
 
 import errno
+import io
 import logging
+import os
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-import imageio_ffmpeg
 import torch
 from einops import rearrange
+from PIL import Image
 
+from core import embedding
 from core.errors import VideoEncodingError
+from core.ffmpeg import FfmpegWriter
+from core.file_format import FORMATS
+from core.png_zip import PngZipWriter
 
 log = logging.getLogger(__name__)
 
+POSTER_QUALITY = 90
 FULL_BYTES = 64 * 1024  # less free than this, and a failed write is put down to the disk
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """What kind of file, as core/file_format.py names it; `parameters` is a text to put into it."""
+
+    format: str = "mp4"
+    codec: str | None = "h264"
+    fps: int = 30
+    crf: int = 16  # the codec's own scale
+    parameters: str | None = None
 
 
 def save_bcthw_as_mp4(
     clips: Iterable[torch.Tensor], output_filename: str | Path, fps: int = 30, crf: int = 16
 ) -> int:
-    """Write consecutive uint8 RGB clips (1, 3, T, H, W) as one MP4; returns the number of frames.
+    """`save_video` as H.264, yuv420p, in an MP4."""
+    return save_video(clips, output_filename, VideoFile(fps=fps, crf=crf))
 
-    libx264, yuv420p, index in front (faststart). Raises VideoEncodingError, or whatever `clips` raises,
-    with ffmpeg stopped and no file left behind either way.
+
+def save_video(clips: Iterable[torch.Tensor], output_filename: str | Path, file: VideoFile) -> int:
+    """Write consecutive uint8 RGB clips (1, 3, T, H, W) as one file; returns the number of frames.
+
+    Raises VideoEncodingError, or whatever `clips` raises, with ffmpeg stopped and no file left behind either
+    way.
     """
     path = Path(output_filename)
+    metadata = path.with_name(f"{path.name}.metadata")  # ffmpeg reads it as a second input
     frames = 0
     writer = None
     try:
         for clip in clips:
             _, _, _, height, width = clip.shape
             if writer is None:
-                writer = _open(path, width, height, fps, crf)
+                writer = _open(path, width, height, file, metadata)
             for frame in rearrange(clip, "1 c t h w -> t h w c").contiguous().numpy():
-                writer.send(frame)
+                writer.write(frame)
                 frames += 1
         if writer is None:
             raise VideoEncodingError("There are no frames to encode.")
-        writer.close()
-        _check_complete(path)
+        writer.finish()
+        _check_complete(path, file.format)
+        if file.format == "gif" and file.parameters is not None:
+            embedding.append_to_gif(path, file.parameters)
     except BaseException as error:
         if writer is not None:
-            writer.close()
+            writer.stop()
         path.unlink(missing_ok=True)
         if isinstance(error, OSError):
             log.warning("encoding failed: %s", error)
             raise VideoEncodingError(f"The video could not be encoded: {_reason(error, path)}.") from error
         raise
+    finally:
+        metadata.unlink(missing_ok=True)
     return frames
 
 
-def _check_complete(path: Path) -> None:
-    """ffmpeg moves the index in front as its last act; without it (a full disk, say) nothing can play."""
+def first_frame_jpeg(clips: Iterable[torch.Tensor]) -> bytes:
+    """Of uint8 RGB clips (1, 3, T, H, W)."""
+    frame = rearrange(next(iter(clips))[0, :, 0], "c h w -> h w c").contiguous().numpy()
+    jpeg = io.BytesIO()
+    Image.fromarray(frame).save(jpeg, "JPEG", quality=POSTER_QUALITY)
+    return jpeg.getvalue()
+
+
+def _open(
+    path: Path, width: int, height: int, file: VideoFile, metadata: Path
+) -> FfmpegWriter | PngZipWriter:
+    if file.format == "png_sequence":
+        return PngZipWriter(path, file.parameters)
+    embeds = file.parameters is not None and bool(FORMATS[file.format].codecs)
+    if embeds:
+        metadata.write_text(embedding.as_ffmetadata(file.parameters), encoding="utf-8", newline="\n")
+    return FfmpegWriter(
+        path,
+        width,
+        height,
+        format=file.format,
+        codec=file.codec,
+        fps=file.fps,
+        crf=file.crf,
+        metadata=metadata if embeds else None,
+    )
+
+
+def _check_complete(path: Path, format: str) -> None:
+    """What a file has only when it was finished: ffmpeg's word is not taken for it. Raises OSError."""
     with path.open("rb") as file:
-        if b"moov" not in file.read(4096):
-            raise OSError("ffmpeg did not finish the file")
+        head = file.read(4096)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        tail = file.read()
+    whole = {
+        "mp4": b"moov" in head,  # the index comes in front as the last act
+        "webm": head.startswith(b"\x1aE\xdf\xa3") and b"\x01\xff\xff\xff\xff\xff\xff\xff" not in head[:64],
+        "gif": head.startswith(b"GIF8") and tail.endswith(b";"),
+        "png_sequence": b"PK\x05\x06" in tail,
+    }
+    if not whole[format]:
+        raise OSError("the file was not finished")
 
 
 def _reason(error: OSError, path: Path) -> str:
@@ -65,24 +131,3 @@ def _reason(error: OSError, path: Path) -> str:
         if error.errno == errno.ENOSPC or shutil.disk_usage(path.parent).free < FULL_BYTES:
             return "the disk is full"
     return error.strerror or "ffmpeg stopped before it was complete"
-
-
-def _open(path: Path, width: int, height: int, fps: int, crf: int):
-    try:
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError:
-        raise FileNotFoundError(errno.ENOENT, "there is no ffmpeg") from None
-    writer = imageio_ffmpeg.write_frames(
-        str(path),
-        (width, height),
-        fps=fps,
-        codec="libx264",
-        pix_fmt_in="rgb24",
-        pix_fmt_out="yuv420p",
-        quality=None,
-        macro_block_size=1,
-        ffmpeg_log_level="error",
-        output_params=["-crf", str(crf), "-movflags", "+faststart"],
-    )
-    writer.send(None)
-    return writer

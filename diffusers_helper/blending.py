@@ -1,11 +1,12 @@
 """Join decoded sections into one video, in either direction, keeping only the open edge in full precision."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-Direction = str
+# takes a finished clip, (1, 3, T, H, W) uint8, and returns what gives it back, as often as it is called
+Hold = Callable[[torch.Tensor], Callable[[], torch.Tensor]]
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
@@ -19,16 +20,26 @@ def crossfade(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return weights * before + (1 - weights) * after
 
 
+def first_frames(clips: Iterable[torch.Tensor], count: int) -> Iterator[torch.Tensor]:
+    """Consecutive clips (1, 3, T, H, W), cut off after `count` frames."""
+    for clip in clips:
+        if count <= 0:
+            return
+        yield clip[:, :, :count]
+        count -= clip.shape[2]
+
+
 class SectionJoiner:
     """Collects sections and hands the video out as uint8.
 
     Only the `overlap` frames at the growing end can still change; the rest is kept as bytes, a quarter of
-    float32. Memory is 3·H·W bytes a frame plus one section.
+    float32, by `hold`: without one in memory, 3·H·W bytes a frame.
     """
 
-    def __init__(self, overlap: int) -> None:
+    def __init__(self, overlap: int, hold: Hold = lambda clip: lambda: clip) -> None:
         self.overlap = overlap
-        self._closed: deque[torch.Tensor] = deque()
+        self._hold = hold
+        self._closed: deque[Callable[[], torch.Tensor]] = deque()
         self._edge: torch.Tensor | None = None
 
     def append(self, pixels: torch.Tensor) -> None:
@@ -37,7 +48,7 @@ class SectionJoiner:
             blended = crossfade(self._edge, pixels[:, :, : self.overlap])
             pixels = torch.cat([blended, pixels[:, :, self.overlap :]], dim=2)
         self._edge = pixels[:, :, -self.overlap :].clone()
-        self._closed.append(to_uint8(pixels[:, :, : -self.overlap]))
+        self._closed.append(self._hold(to_uint8(pixels[:, :, : -self.overlap])))
 
     def prepend(self, pixels: torch.Tensor) -> None:
         """Add the section that comes before all the others; its last frames fade out."""
@@ -45,10 +56,11 @@ class SectionJoiner:
             blended = crossfade(pixels[:, :, -self.overlap :], self._edge)
             pixels = torch.cat([pixels[:, :, : -self.overlap], blended], dim=2)
         self._edge = pixels[:, :, : self.overlap].clone()
-        self._closed.appendleft(to_uint8(pixels[:, :, self.overlap :]))
+        self._closed.appendleft(self._hold(to_uint8(pixels[:, :, self.overlap :])))
 
     def clips(self, *, prepended: bool) -> Iterator[torch.Tensor]:
         """The whole video as consecutive uint8 clips (1, 3, T, H, W)."""
-        edge = [to_uint8(self._edge)]
-        clips = [*edge, *self._closed] if prepended else [*self._closed, *edge]
-        return (clip for clip in clips if clip.shape[2])
+        edge = to_uint8(self._edge)
+        for clip in [lambda: edge, *self._closed] if prepended else [*self._closed, lambda: edge]:
+            if (frames := clip()).shape[2]:
+                yield frames

@@ -152,7 +152,7 @@ class _StreamedModel:
         resident = len(self.blocks)
         if sum(self.bytes) > budget:
             budget -= 2 * max(self.bytes)  # the block that computes and the one on its way
-            # the first always stays: a step cache reads its modulation without running it
+            # the first always stays: step caches read its modulation, or run it alone, to see whether to skip
             while resident > 1 and sum(self.bytes[:resident]) > budget:
                 resident -= 1
         for group in self.blocks[:resident]:

@@ -7,7 +7,7 @@ import torch
 # Two points fix the line from sequence length (tokens) to shift (the one Flux and FramePack share).
 SHORT_SEQUENCE, SHORT_MU = 256, 0.5
 LONG_SEQUENCE, LONG_MU = 4096, 1.15
-MAX_SHIFT = 7.0  # e^mu is never larger
+MAX_SHIFT = 7.0  # the line's e^mu is never larger
 
 
 def flow_shift_mu(sequence_length: int) -> float:

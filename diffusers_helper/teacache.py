@@ -6,50 +6,42 @@ negative pass share one, so that each is compared with the other: a fault that i
 
 import torch
 
+from diffusers_helper.step_cache import Blocks, StepCache, relative_change
+
 # Fitted to HunyuanVideo by TeaCache's authors: relative change of input → of output, highest power first.
 POLYNOMIAL = (733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896)
-THRESHOLD = 0.15
+LEAST = 0.0521  # just below the polynomial's least value for changes from 0 on, which is at 0.0314
 
 
-class TeaCache:
-    """Decides step by step, and keeps what a skipped step adds: the residual of the last computed one."""
+class TeaCache(StepCache):
+    """By the modulated input's relative change from step to step, summed since the last computed one."""
 
-    def __init__(self, steps: int, threshold: float = THRESHOLD) -> None:
-        self.steps = steps
-        self.threshold = threshold
-        self.computed = 0  # steps that ran the blocks
-        self._step = 0
+    THRESHOLD = 0.15
+
+    def __init__(self, steps: int, threshold: float | None = None, order: int = 0) -> None:
+        super().__init__(steps, threshold, order)
         self._accumulated = 0.0
         self._previous: torch.Tensor | None = None
-        self._residual: torch.Tensor | None = None
 
-    def should_compute(self, modulated: torch.Tensor) -> bool:
-        """Called once per step with the first block's modulated input; the first and last step compute."""
-        if self._step in (0, self.steps - 1):
-            compute = True
-        else:
-            change = (modulated - self._previous).abs().mean() / self._previous.abs().mean()
-            self._accumulated += estimated_change(change.item())
-            compute = self._accumulated >= self.threshold
-        if compute:
+    def observe(self, tokens: torch.Tensor, blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+        return tokens, blocks.modulated(tokens)
+
+    def error(self, signal: torch.Tensor) -> float:
+        """Reads the change from the device only where the decision depends on it."""
+        if self._accumulated + LEAST >= self.threshold:
+            return self._accumulated + LEAST
+        self._accumulated += estimated_change(relative_change(signal, self._previous))
+        return self._accumulated
+
+    def note(self, signal: torch.Tensor, computed: bool) -> None:
+        self._previous = signal
+        if computed:
             self._accumulated = 0.0
-            self.computed += 1
-        self._previous = modulated
-        self._step += 1
-        return compute
-
-    def store(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
-        """Remember what the blocks added to `hidden_states` (1, tokens, width)."""
-        self._residual = output - hidden_states
-
-    def apply(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The blocks' output as estimated from the last computed step."""
-        return hidden_states + self._residual
 
 
-def estimated_change(relative_change: float) -> float:
+def estimated_change(change: float) -> float:
     """TeaCache's polynomial at mean|Δ| / mean|previous|."""
     value = 0.0
     for coefficient in POLYNOMIAL:
-        value = value * relative_change + coefficient
+        value = value * change + coefficient
     return value

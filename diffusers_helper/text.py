@@ -1,10 +1,12 @@
 """Prompt → Llama hidden states and CLIP pooled projection, the way HunyuanVideo was trained."""
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-from transformers import CLIPTextModel, CLIPTokenizer, LlamaModel, PreTrainedTokenizerFast
+from torch import nn
+from transformers import CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 TEMPLATE = DEFAULT_PROMPT_TEMPLATE["template"]
 TEMPLATE_CROP = DEFAULT_PROMPT_TEMPLATE["crop_start"]  # 95 tokens with Llama 3's tokenizer
@@ -13,7 +15,8 @@ LLAMA3_VOCABULARY = 128_000
 PROMPT_TOKENS = 256  # of the prompt, after the template's prefix
 MODEL_TOKENS = 512  # what the transformer is given, padded
 CLIP_TOKENS = 77
-HIDDEN_LAYER = -3  # the last two Llama layers and the final norm never contribute
+HIDDEN_LAYER = -3  # of the whole Llama model
+UNUSED_LAYERS = 2  # so these, the last ones, never contribute, nor does the final norm
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,26 @@ class PromptEmbeds:
         )
 
 
+class PromptEncoder(LlamaModel):
+    """The Llama model without what never contributes: its result is the whole model's `hidden_states[-3]`.
+
+    Loaded from the whole model's files, of which the last two layers and the final norm are not read. Raises
+    ValueError for a config with fewer layers than that.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        config = copy.deepcopy(config)
+        whole = config.num_hidden_layers
+        if whole < UNUSED_LAYERS:
+            raise ValueError(f"its config says {whole} layers, and {UNUSED_LAYERS} are left out")
+        config.num_hidden_layers = whole - UNUSED_LAYERS
+        super().__init__(config)
+        self.norm = nn.Identity()
+        unused = "|".join(str(layer) for layer in range(config.num_hidden_layers, whole))
+        ignored = self._keys_to_ignore_on_load_unexpected or ()
+        self._keys_to_ignore_on_load_unexpected = {*ignored, rf"^layers\.({unused})\.", r"^norm\."}
+
+
 def template_crop(tokenizer: PreTrainedTokenizerFast) -> int:
     """Number of tokens the template puts before the prompt: 95 with the real tokenizer.
 
@@ -61,7 +84,7 @@ def encode_prompt(
     prompt: str,
     *,
     tokenizer: PreTrainedTokenizerFast,
-    text_encoder: LlamaModel,
+    text_encoder: PromptEncoder,
     tokenizer_2: CLIPTokenizer,
     text_encoder_2: CLIPTextModel,
     device: torch.device,
@@ -79,11 +102,9 @@ def encode_prompt(
     )
     tokens = int(inputs.attention_mask.sum())
     output = text_encoder(
-        input_ids=inputs.input_ids.to(device),
-        attention_mask=inputs.attention_mask.to(device),
-        output_hidden_states=True,
+        input_ids=inputs.input_ids.to(device), attention_mask=inputs.attention_mask.to(device)
     )
-    hidden_states, mask = _pad(output.hidden_states[HIDDEN_LAYER][:, crop:tokens], MODEL_TOKENS)
+    hidden_states, mask = _pad(output.last_hidden_state[:, crop:tokens], MODEL_TOKENS)
 
     clip_ids = tokenizer_2(
         prompt, padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 
-from diffusers_helper.teacache import TeaCache
+from diffusers_helper.step_cache import StepCache
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,32 @@ class PackedHistory:
     indices_latents_history_4x: torch.Tensor
 
 
+@dataclass(frozen=True)
+class PreparedHistory:
+    """A `PackedHistory` as the blocks read it: the same in every step of a section and in both passes."""
+
+    tokens: torch.Tensor  # (B, n, D): 4× | 2× | clean
+    rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin of these and the section's own tokens after them
+
+
+@dataclass(frozen=True)
+class PreparedCondition:
+    """What one guidance pass is conditioned on, as far as no step changes it."""
+
+    text: torch.Tensor  # (B, n, D_text): refined anew in every step
+    text_mask: torch.Tensor | None
+    real_tokens: int  # of `text`; padding follows
+    image_tokens: torch.Tensor  # (B, patches, D)
+    pooled_projections: torch.Tensor
+    guidance: torch.Tensor
+
+
 class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
     """`HunyuanVideoFramepackTransformer3DModel` with the library's result from the library's weights.
 
     For one sample, or for several whose prompts have equally many tokens. Call `output_in_float32()` once
-    after loading to project as the official code does for inference.
+    after loading to project as the official code does for inference. A section's steps share
+    `prepare_history` and `prepare_condition` and then call `velocity`; `forward` is all three.
     """
 
     def output_in_float32(self) -> None:
@@ -44,52 +65,30 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
         pooled_projections: torch.Tensor,
         image_embeds: torch.Tensor,
         history: PackedHistory,
-        cache: TeaCache | None = None,
+        cache: StepCache | None = None,
     ) -> torch.Tensor:
         """Velocity (B, 16, T, h, w), in `proj_out`'s dtype, of latents `hidden_states` of that shape.
 
-        `timestep` and `guidance` are (B,) in the model's dtype (sigma·1000, distilled guidance·1000); text
-        is (1, 512, D) with its boolean mask (1, 512), or (B, n, D) without one, where all of it is real;
-        `image_embeds` are (B, patches, D).
+        `timestep` is (B,) in the model's dtype, sigma·1000; the others are described where they are prepared.
         """
-        batch, _, frames, height, width = hidden_states.shape
-        tokens, rotary = self._pack(hidden_states, history)
-        temb, _ = self.time_text_embed(timestep, pooled_projections, guidance)
-        context = self._context(timestep, encoder_hidden_states, encoder_attention_mask, image_embeds)
-
-        if cache is None:
-            tokens = self._run_blocks(tokens, context, temb, rotary)
-        elif cache.should_compute(self.transformer_blocks[0].norm1(tokens, emb=temb)[0]):
-            output = self._run_blocks(tokens, context, temb, rotary)
-            cache.store(tokens, output)
-            tokens = output
-        else:
-            tokens = cache.apply(tokens)
-
-        p = self.config.patch_size
-        section_length = frames * (height // p) * (width // p)
-        tokens = self.norm_out(tokens[:, -section_length:], temb)
-        tokens = self.proj_out(tokens.to(self.proj_out.weight.dtype))
-        return (
-            tokens.reshape(batch, frames, height // p, width // p, -1, 1, p, p)
-            .permute(0, 4, 1, 5, 2, 6, 3, 7)
-            .reshape(batch, -1, frames, height, width)
+        condition = self.prepare_condition(
+            encoder_hidden_states, encoder_attention_mask, pooled_projections, image_embeds, guidance
         )
+        return self.velocity(hidden_states, timestep, self.prepare_history(history), condition, cache)
 
-    def _pack(
-        self, latents: torch.Tensor, history: PackedHistory
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """One token sequence 4× | 2× | clean | section, with its rotary tables."""
-        height, width = latents.shape[-2:]
+    def prepare_history(self, history: PackedHistory) -> PreparedHistory:
+        """Embed a section's history, and make the rotary tables of its whole sequence."""
+        height, width = history.latents_clean.shape[-2:]
+        device = history.latents_clean.device
 
         def rope(indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.rope(frame_indices=indices, height=height, width=width, device=latents.device)
+            return self.rope(frame_indices=indices, height=height, width=width, device=device)
 
         clean, history_2x, history_4x = self.clean_x_embedder(
             history.latents_clean, history.latents_history_2x, history.latents_history_4x
         )
-        return self._pack_history_states(
-            self.x_embedder(latents),
+        tokens, rotary = self._pack_history_states(
+            clean[:, :0],  # the section's own tokens, which come with each step
             clean,
             history_2x,
             history_4x,
@@ -100,27 +99,96 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
             height // self.config.patch_size,
             width // self.config.patch_size,
         )
+        return PreparedHistory(tokens, rotary)
 
-    def _context(
+    def prepare_condition(
         self,
-        timestep: torch.Tensor,
         text: torch.Tensor,
-        mask: torch.Tensor | None,
+        text_mask: torch.Tensor | None,
+        pooled_projections: torch.Tensor,
         image_embeds: torch.Tensor,
-    ) -> torch.Tensor:
-        """Image tokens, then the prompt's real tokens; padding is dropped, so no attention mask is needed."""
-        text = self.context_embedder(text, timestep, mask)
-        if mask is not None:
-            text = text[:, : int(mask.sum())]
-        return torch.cat([self.image_projection(image_embeds), text], dim=1)
+        guidance: torch.Tensor,
+    ) -> PreparedCondition:
+        """Project the image, and count the prompt's real tokens: the last time that the host asks the GPU.
 
-    def _run_blocks(
+        Text is (1, 512, D) with its boolean mask (1, 512), or (B, n, D) without one, where all of it is
+        real; `image_embeds` are (B, patches, D); `guidance` is (B,) in the model's dtype, distilled
+        guidance·1000.
+        """
+        return PreparedCondition(
+            text=text,
+            text_mask=text_mask,
+            real_tokens=text.shape[1] if text_mask is None else int(text_mask.sum()),
+            image_tokens=self.image_projection(image_embeds),
+            pooled_projections=pooled_projections,
+            guidance=guidance,
+        )
+
+    def velocity(
         self,
-        tokens: torch.Tensor,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        history: PreparedHistory,
+        condition: PreparedCondition,
+        cache: StepCache | None = None,
+    ) -> torch.Tensor:
+        """As `forward`, from what was prepared."""
+        batch, _, frames, height, width = latents.shape
+        tokens = torch.cat([history.tokens, self.x_embedder(latents)], dim=1)
+        temb, _ = self.time_text_embed(timestep, condition.pooled_projections, condition.guidance)
+        context = self._context(timestep, condition)
+
+        p = self.config.patch_size
+        section_length = frames * (height // p) * (width // p)
+        blocks = _Blocks(self, context, temb, history.rotary, section_length)
+        tokens = blocks.rest(tokens) if cache is None else cache.run(tokens, blocks)
+
+        tokens = self.norm_out(blocks.of_section(tokens), temb)
+        tokens = self.proj_out(tokens.to(self.proj_out.weight.dtype))
+        return (
+            tokens.reshape(batch, frames, height // p, width // p, -1, 1, p, p)
+            .permute(0, 4, 1, 5, 2, 6, 3, 7)
+            .reshape(batch, -1, frames, height, width)
+        )
+
+    def _context(self, timestep: torch.Tensor, condition: PreparedCondition) -> torch.Tensor:
+        """Image tokens, then the prompt's real tokens; padding is dropped, so no attention mask is needed.
+
+        The refiner sees the padding, under its mask: cut before it, the same text is rounded differently.
+        """
+        text = self.context_embedder(condition.text, timestep, condition.text_mask)
+        return torch.cat([condition.image_tokens, text[:, : condition.real_tokens]], dim=1)
+
+
+class _Blocks:
+    """The transformer's blocks in one step (`diffusers_helper.step_cache.Blocks`)."""
+
+    def __init__(
+        self,
+        model: FramePackTransformer,
         context: torch.Tensor,
         temb: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
-            tokens, context = block(tokens, context, temb, None, rotary)
+        section_length: int,
+    ) -> None:
+        self._waiting = [*model.transformer_blocks, *model.single_transformer_blocks]
+        self._context = context  # each block renews it
+        self._temb, self._rotary, self._section_length = temb, rotary, section_length
+
+    def modulated(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._waiting[0].norm1(tokens, emb=self._temb)[0]
+
+    def first(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._run(1, tokens)
+
+    def rest(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._run(len(self._waiting), tokens)
+
+    def of_section(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[:, -self._section_length :]
+
+    def _run(self, count: int, tokens: torch.Tensor) -> torch.Tensor:
+        running, self._waiting = self._waiting[:count], self._waiting[count:]
+        for block in running:
+            tokens, self._context = block(tokens, self._context, self._temb, None, self._rotary)
         return tokens

@@ -11,10 +11,13 @@ This file knows no model: `denoise(x, sigma) -> x0` is any callable.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
 MAX_ORDER = 3
+
+Variant = Literal["bh1", "bh2"]  # the paper's B(h): h, or e^h − 1
 
 Denoise = Callable[[torch.Tensor, float], torch.Tensor]
 Callback = Callable[[int, torch.Tensor], None]
@@ -25,6 +28,7 @@ def sample_unipc(
     noise: torch.Tensor,
     sigmas: torch.Tensor,
     callback: Callback | None = None,
+    variant: Variant = "bh1",
 ) -> torch.Tensor:
     """Denoise `noise` over `sigmas` with n evaluations of `denoise`.
 
@@ -48,42 +52,49 @@ def sample_unipc(
             # D_k / r_k: divided differences of x0 against its newest prediction
             differences = [(m - m0) / r for m, r in zip(predictions[-2::-1], ratios, strict=False)]
             base = (sigmas[i] / sigmas[i - 1]).item() * x_s - torch.expm1(-h).item() * m0
-            x = base + h.item() * _weighted(predictor_weights(ratios, h), differences, m0)
+            scale = -_b(h, variant).item()
+            x = base + scale * _weighted(predictor_weights(ratios, h, variant), differences, m0)
 
         x0 = denoise(x, sigmas[i].item())
         if callback is not None:
             callback(i, x0)
 
         if i > 0:
-            x = base + h.item() * _weighted(corrector_weights(ratios, h), [*differences, x0 - m0], m0)
+            weights = corrector_weights(ratios, h, variant)
+            x = base + scale * _weighted(weights, [*differences, x0 - m0], m0)
         predictions = [*predictions, x0][-MAX_ORDER:]
     return predictions[-1]
 
 
-def predictor_weights(ratios: Sequence[float], h: torch.Tensor) -> list[float]:
+def predictor_weights(ratios: Sequence[float], h: torch.Tensor, variant: Variant = "bh1") -> list[float]:
     """ρ of the predictor of order len(ratios) + 1; `ratios` are earlier levels' (λ_k − λ_s)/h, all < 0."""
     if not ratios:
         return []
     if len(ratios) == 1:
         return [0.5]  # the simplified ρ of order 2, exact to that order
-    return _solve(ratios, h)
+    return _solve(ratios, h, variant)
 
 
-def corrector_weights(ratios: Sequence[float], h: torch.Tensor) -> list[float]:
+def corrector_weights(ratios: Sequence[float], h: torch.Tensor, variant: Variant = "bh1") -> list[float]:
     """ρ of the corrector, one more than the predictor's: the last belongs to the new prediction (ratio 1)."""
     if not ratios:
         return [0.5]
-    return _solve([*ratios, 1.0], h)
+    return _solve([*ratios, 1.0], h, variant)
 
 
-def _solve(ratios: Sequence[float], h: torch.Tensor) -> list[float]:
-    """Solve Σ_k ρ_k·r_k^(n−1) = n!·φ_(n+1)/B for n = 1 … len(ratios), with B(h) = h (the paper's bh1)."""
-    hh = -h  # data prediction runs the recurrence in −h
+def _b(h: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """B at −h, in which data prediction runs the recurrence; the two agree to first order."""
+    return torch.expm1(-h) if variant == "bh2" else -h
+
+
+def _solve(ratios: Sequence[float], h: torch.Tensor, variant: Variant) -> list[float]:
+    """Solve Σ_k ρ_k·r_k^(n−1) = n!·hh·φ_(n+1)(hh)/B(hh) for n = 1 … len(ratios), hh being −h."""
+    hh, b = -h, _b(h, variant)
     phi = torch.expm1(hh) / hh - 1.0
     factorial = 1
     right = []
     for n in range(1, len(ratios) + 1):
-        right.append(phi * factorial / hh)
+        right.append(phi * factorial / b)
         factorial *= n + 1
         phi = phi / hh - 1.0 / factorial
     left = torch.stack([torch.tensor(ratios, dtype=h.dtype) ** n for n in range(len(ratios))])

@@ -1,28 +1,41 @@
 """Pixels ↔ latents through AutoencoderKLHunyuanVideo (8× in space, 4× in time, 16 channels)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoMidBlock3D
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from einops import rearrange
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ImagePosterior:
+    """What the VAE makes of an image: latents are drawn from it."""
+
+    distribution: DiagonalGaussianDistribution
+    scaling_factor: float
+
+    def draw(self, generator: torch.Generator) -> torch.Tensor:
+        """Latent (1, 16, 1, H/8, W/8), scaled, in the VAE's dtype.
+
+        The official code draws from the global generator, so that its start latent does not follow from the
+        job's seed.
+        """
+        return self.distribution.sample(generator=generator) * self.scaling_factor
 
 
 @torch.no_grad()
-def encode_image(
-    image: np.ndarray, vae: AutoencoderKLHunyuanVideo, generator: torch.Generator, device: torch.device
-) -> torch.Tensor:
-    """(H, W, 3) uint8 → start latent (1, 16, 1, H/8, W/8), scaled, in the VAE's dtype.
-
-    The posterior is sampled with `generator`; the official code draws from the global one, so that its
-    start latent does not follow from the job's seed.
-    """
+def encode_image(image: np.ndarray, vae: AutoencoderKLHunyuanVideo, device: torch.device) -> ImagePosterior:
+    """(H, W, 3) uint8 → the posterior of its latent."""
     pixels = torch.from_numpy(image.copy()).float() / 127.5 - 1
     pixels = pixels.permute(2, 0, 1)[None, :, None].to(device, vae.dtype)
-    latents = vae.encode(pixels).latent_dist.sample(generator=generator)
-    return latents * vae.config.scaling_factor
+    return ImagePosterior(vae.encode(pixels).latent_dist, vae.config.scaling_factor)
 
 
 @torch.no_grad()
@@ -52,6 +65,56 @@ def decode_latents(
     finally:
         hook.remove()
         vae.use_tiling = False  # the next job's image is encoded whole
+
+
+class DecodedTiles:
+    """What the decoder made of the latest clip's tiles, so that one that comes again is not decoded again.
+
+    The library decodes a clip in tiles of five latent frames, one every three. Clips that overlap by a
+    multiple of three frames have whole tiles in common, from the same latents to the last bit. They are kept
+    on the host, in the VAE's dtype: the pixels of one clip and a third more.
+    """
+
+    def __init__(self) -> None:
+        self._earlier: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._latest: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @contextmanager
+    def used_by(self, vae: AutoencoderKLHunyuanVideo) -> Iterator[None]:
+        """For the decode of one clip: tiles of the clip before it are recalled, and its own remembered."""
+        self._earlier, self._latest = self._latest, []
+        decoder = vae.decoder
+        vae.decoder = _RecallingDecoder(decoder, self)
+        try:
+            yield
+        finally:
+            vae.decoder = decoder
+
+    def recall(self, latents: torch.Tensor) -> torch.Tensor | None:
+        return next((pixels for known, pixels in self._earlier if _same(known, latents)), None)
+
+    def remember(self, latents: torch.Tensor, pixels: torch.Tensor) -> None:
+        self._latest.append((latents, pixels))
+
+
+class _RecallingDecoder(nn.Module):
+    """A decoder that looks for each tile among those it knows."""
+
+    def __init__(self, decoder: nn.Module, tiles: DecodedTiles) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.tiles = tiles
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        pixels = self.tiles.recall(latents)
+        result = self.decoder(latents) if pixels is None else pixels.to(latents.device, copy=True)
+        # a copy either way: the library blends tiles in place
+        self.tiles.remember(latents, result.to("cpu", copy=True) if pixels is None else pixels)
+        return result
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
 
 
 class FramewiseMidBlock(HunyuanVideoMidBlock3D):
@@ -87,7 +150,7 @@ def _attend_to_the_past(attention: Attention, x: torch.Tensor) -> torch.Tensor:
     )
     n = height * width
     attended = [
-        torch.nn.functional.scaled_dot_product_attention(
+        nn.functional.scaled_dot_product_attention(
             query[:, :, t * n : (t + 1) * n], key[:, :, : (t + 1) * n], value[:, :, : (t + 1) * n]
         )
         for t in range(frames)

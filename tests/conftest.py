@@ -48,3 +48,28 @@ def quick_decode(monkeypatch):
         return torch.nn.functional.interpolate(latents[:, :3], size=size).clamp(-1, 1)
 
     monkeypatch.setattr("core.pipeline.decoding.decode_latents", decode)
+
+
+@pytest.fixture
+def make_video(tiny_models, picture, tmp_path, quick_decode):
+    """Two sections of four steps, without the job around them."""
+    from core.pipeline import generate_video_sync
+    from core.request import VideoRequest
+
+    def make_video(**fields):
+        request = VideoRequest(
+            **{
+                "input_image": "unused",
+                "prompt": "A cat turns its head.",
+                "total_second_length": 1.2,
+                "latent_window_size": 4,
+                "steps": 4,
+                "resolution": 256,
+                "seed": 0,
+                "use_teacache": False,
+            }
+            | fields
+        )
+        return generate_video_sync(tiny_models, picture, request, tmp_path / "video.mp4")
+
+    return make_video

@@ -316,9 +316,7 @@ def assert_internal_error(reply: dict) -> None:
     assert "RuntimeError" not in reply["error"]
 
 
-@pytest.mark.parametrize(
-    "place", ["core.job.run_job", "core.job.decode_image", "core.pipeline.save_bcthw_as_mp4"]
-)
+@pytest.mark.parametrize("place", ["core.job.run_job", "core.job.decode_image", "core.pipeline.save_video"])
 def test_unknown_errors(place, monkeypatch, caplog, assert_well):
     """The caller gets the job's id; the traceback is in the log under it."""
     with monkeypatch.context() as patch:
@@ -336,7 +334,7 @@ def test_an_error_after_files_were_written(monkeypatch, assert_well):
         raise RuntimeError("a secret of the worker's")
 
     with monkeypatch.context() as patch:
-        patch.setattr("core.pipeline.save_bcthw_as_mp4", write_and_fail)
+        patch.setattr("core.pipeline.save_video", write_and_fail)
         assert_internal_error(run(quick_input(), "job-77"))
     assert_well()
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from builder.demo import autoencoder, bank, flow_matching, layouts, optimizers, transformer
+from builder.demo.course import COMPILED_AFTER, Course
 from builder.demo.devices import ahead
 from builder.demo.encoders import Encoders, write_encoders
 from builder.demo.layouts import Cut
@@ -222,7 +223,7 @@ def test_the_vae_learns(vae, monkeypatch):
     monkeypatch.setattr(autoencoder, "RATE", 3e-3)
     monkeypatch.setattr(autoencoder, "MATRIX_RATE", 3e-3)
     pixels = moving_clips(1)[:, :1, 16:48, :32].permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    rows = list(autoencoder.train_vae(vae, itertools.repeat(pixels), 100, CPU, report_every=10))
+    rows = list(autoencoder.train_vae(vae, itertools.repeat(pixels), Course(steps=100), CPU, report_every=10))
     assert rows[-1]["psnr"] > rows[0]["psnr"] + 5
     assert not vae.training
 
@@ -256,7 +257,9 @@ def test_the_transformer_learns_from_a_bank(clips):
     assert len(clips) == 6
     model = tiny_transformer()
     nn.init.zeros_(model.proj_out.weight)
-    rows = list(transformer.train_transformer(model, clips, 30, batch=2, device=CPU, seed=0, report_every=10))
+    rows = list(
+        transformer.train_transformer(model, clips, Course(steps=30), 2, CPU, seed=0, report_every=10)
+    )
     assert rows[-1]["loss"] < 0.97 * rows[0]["loss"]
     assert not model.training
 
@@ -301,9 +304,9 @@ def test_what_is_drawn_ahead_keeps_its_order():
 def test_every_weight_has_one_optimizer_and_moves():
     model = tiny_transformer()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    both = Optimizers(model, transformer.is_inside, 10, matrix_rate=1e-2, rate=1e-2)
+    both = Optimizers(model, transformer.is_inside, matrix_rate=1e-2, rate=1e-2)
     sum(p.square().sum() + p.sum() for p in model.parameters()).backward()
-    both.step()
+    both.step(done=0.5)
     assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
     assert all(p.grad is None for p in model.parameters())
 
@@ -326,3 +329,32 @@ def test_the_gradient_of_the_padding_is_torchs():
             (mine,) = torch.autograd.grad((y * weight).sum(), x)
             (torchs,) = torch.autograd.grad((expected * weight).sum(), x)
             torch.testing.assert_close(mine, torchs)
+
+
+class TestCourse:
+    def test_of_steps(self):
+        course = Course(steps=4)
+        assert [(step, course.done) for step in course] == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
+        assert course.steps == 4
+
+    def test_of_seconds_that_begin_with_compiling(self):
+        """10 s; the first step takes 4, the others 0.125: the rates take the last 6 for their way."""
+        now = [100.0]
+        course = Course(seconds=10, clock=lambda: now[0])
+        done = []
+        for step in course:
+            now[0] += 4 if step == 1 else 0.125
+            done.append(course.done)
+        assert course.steps == len(done) == 49
+        assert max(done[:COMPILED_AFTER]) <= 1e-3 and done == sorted(done)
+        assert done[COMPILED_AFTER] < 0.05 and done[-1] == pytest.approx(1)
+
+    @pytest.mark.parametrize("lengths", [{}, {"steps": 1, "seconds": 1}])
+    def test_of_one_or_the_other(self, lengths):
+        with pytest.raises(ValueError, match="either"):
+            Course(**lengths)
+
+
+def test_the_rate_goes_up_then_down():
+    rates = [optimizers.warm_cosine(done) for done in (0.001, 0.03, 0.5, 1.0)]
+    assert rates == pytest.approx([0.033, 1.0, 0.505, 0.01], abs=0.005)

@@ -48,6 +48,7 @@ from core.pipeline.profiles import load_profile
 from core.request import ALIASES, SECRETS, S3Config, VideoRequest, parse_request
 from core.settings import Settings
 from core.worker import Worker
+from diffusers_helper.magcache import PUBLISHED
 from tests.damaged_images import check_image, damaged_images, samples
 from tests.hostile_inputs import (
     SECRET,
@@ -287,23 +288,29 @@ def models(monkeypatch) -> SimpleNamespace:
 
     def conditioning(models, image, *_):
         height, width, _ = image.shape
-        return SimpleNamespace(start_latent=torch.randn(1, 16, 1, height // 8, width // 8), warnings=())
+        start_latent = torch.randn(1, 16, 1, height // 8, width // 8)
+        return SimpleNamespace(
+            start_latent=start_latent, warnings=(), for_seed=lambda _: conditioning(0, image)
+        )
 
-    def save(clips, path, fps, crf):
+    def save(clips, path, file):
         path.write_bytes(b"video")
         return 25
 
-    decoder = SimpleNamespace(sections=1, tiled=False, clips=lambda: [])
+    frame = torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8)
+    decoder = SimpleNamespace(sections=1, tiled=False, clips=lambda: [frame])
     monkeypatch.setattr("core.pipeline.encode_conditioning", conditioning)
     monkeypatch.setattr("core.pipeline.sample_sections", lambda *_, **__: [])
     monkeypatch.setattr("core.pipeline.VideoDecoder", lambda *_, **__: decoder)
-    monkeypatch.setattr("core.pipeline.save_bcthw_as_mp4", save)
+    monkeypatch.setattr("core.pipeline.save_video", save)
     monkeypatch.setattr("core.job.memory.release_unused_memory", lambda device: None)  # collects garbage
     monkeypatch.delenv("RUNPOD_WEBHOOK_POST_OUTPUT", raising=False)
     return SimpleNamespace(
         device=torch.device("cpu"),
         profile=load_profile(TINY),
         direction="i2v",
+        magnitudes=dict(PUBLISHED),
+        transformer=SimpleNamespace(config=SimpleNamespace(patch_size=2)),
         use_direction=lambda direction: None,
         lora_cache=LoraCache(),
         use_loras=lambda loras, check: [],
@@ -424,7 +431,8 @@ def test_jobs_with_models(quick_decode, monkeypatch):
         return outcome_of(asyncio.run(handler.handler({"id": "job", "input": quick_input(**fields)})))
 
     outcomes = fuzz(check, st.fixed_dictionaries({}, optional=ANY), cost=60)
-    assert "done" in outcomes.keys() <= {"done", "upload_failed", "timed_out"}
+    # two caches at once, or one that needs what nobody measured of these models
+    assert "done" in outcomes.keys() <= {"done", "upload_failed", "timed_out", "invalid_request"}
 
 
 # uploads

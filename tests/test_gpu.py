@@ -79,7 +79,7 @@ def test_blocks_stay_resident_while_they_fit(models):
     blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
     with models.on_device("transformer"):
         assert all(p.is_cuda for p in transformer.parameters())
-    # the first block stays whatever happens: TeaCache reads its modulation
+    # the first block stays whatever happens: step caches look at it before they skip the others
     assert memory.DynamicSwapInstaller.install_model(transformer, models.device, math.inf) == 1
     memory.DynamicSwapInstaller.uninstall_model(transformer)
     assert memory.DynamicSwapInstaller.install_model(transformer, models.device, 0) == blocks

@@ -230,7 +230,7 @@ class TestDelivery:
         assert "video_base64" in worker.submit("job-10", data).result()
 
     def test_a_url_reply_has_no_base64(self, data, tiny_models):
-        def deliver(path, job_id, request, check_cancelled):
+        def deliver(path, job_id, request, check_cancelled, taken):
             assert path.read_bytes()[4:8] == b"ftyp" and (job_id, request.output) == ("job-9", "url")
             return {"video_url": "https://storage.example/job-9.mp4", "delivery_warning": "Slow today."}
 

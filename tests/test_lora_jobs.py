@@ -38,7 +38,9 @@ def settings(tmp_path, models) -> Settings:
 
 def job(models, settings, *loras, **options):
     fields = options.pop("fields", {})
-    return run_job(quick_input(steps=2, loras=[*loras], **fields), models, settings, **options)
+    return run_job(
+        quick_input(steps=2, embed_parameters=False, loras=[*loras], **fields), models, settings, **options
+    )
 
 
 FIRST, SECOND = {"name": "1.safetensors"}, {"name": "2.safetensors", "weight": 0.5}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoFramepackTransformer3DModel
 from safetensors.torch import load_file, save_file
+from transformers import LlamaModel
 
 from core.errors import ModelError
 from core.pipeline import Models, initialize_models
@@ -16,6 +17,7 @@ from core.pipeline.profiles import TRANSFORMER, Source, load_profile
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import plan_sections
 from core.settings import Settings
+from diffusers_helper.text import PromptEncoder
 from tests.tiny import TINY, TINY_MODELS, models_at
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -157,6 +159,71 @@ def test_the_library_class_gives_the_same_velocity(tiny_models):
         velocity = ours(**shared, history=history)
     assert expected.abs().max() > 0
     assert torch.equal(velocity, expected)
+
+    # and so is every step from what the first one prepared
+    with torch.inference_mode():
+        prepared = ours.prepare_history(history)
+        condition = ours.prepare_condition(
+            shared["encoder_hidden_states"],
+            shared["encoder_attention_mask"],
+            shared["pooled_projections"],
+            shared["image_embeds"],
+            shared["guidance"],
+        )
+        for timestep in (1000.0, 600.0, 20.0):
+            shared |= {"hidden_states": randn(1, 16, 9, 24, 16), "timestep": torch.tensor([timestep])}
+            expected = library(**shared, **vars(history), return_dict=False)[0]
+            velocity = ours.velocity(shared["hidden_states"], shared["timestep"], prepared, condition)
+            assert torch.equal(velocity, expected)
+
+
+@torch.inference_mode()
+def test_the_prompt_encoder_gives_what_the_whole_model_has_two_layers_before_its_end(tiny_models):
+    whole = LlamaModel.from_pretrained(TINY_MODELS / "hunyuan" / "text_encoder").eval()
+    ours = tiny_models.text_encoder
+    assert len(ours.layers) == len(whole.layers) - 2
+    tokens = torch.randint(whole.config.vocab_size, (1, 351), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(351) < 200).long()[None]
+    expected = whole(tokens, mask, output_hidden_states=True).hidden_states[-3]
+    assert torch.equal(ours(tokens, mask).last_hidden_state, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("dropped", "missing"),
+    [("layers.2.", None), ("layers.3.", None), ("norm.", None), ("layers.1.", 9), ("embed_tokens.", 1)],
+)
+def test_only_weights_that_contribute_are_missed(tiny_copy, dropped, missing):
+    folder, settings = tiny_copy
+    path = folder / "hunyuan" / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    left = {name: tensor for name, tensor in state.items() if not name.startswith(dropped)}
+    assert len(left) < len(state)
+    save_file(left, path, {"format": "pt"})
+    if missing is None:
+        load(settings)
+        return
+    with pytest.raises(ModelError, match=f"text_encoder lacks {missing} of its weights, such as {dropped}"):
+        load(settings)
+
+
+def test_only_weights_of_no_layer_are_unexpected(tiny_copy):
+    """The library warns of those, and should not of two layers that are left out."""
+    folder, _ = tiny_copy
+    path = folder / "hunyuan" / "text_encoder" / "model.safetensors"
+    state = load_file(path)
+    state["layers.4.mlp.up_proj.weight"] = state["layers.3.mlp.up_proj.weight"].clone()
+    save_file(state, path, {"format": "pt"})
+    _, info = PromptEncoder.from_pretrained(path.parent, output_loading_info=True)
+    assert info["unexpected_keys"] == {"layers.4.mlp.up_proj.weight"}
+
+
+def test_a_prompt_encoder_of_too_few_layers_is_named(tiny_copy):
+    folder, settings = tiny_copy
+    path = folder / "hunyuan" / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1}))
+    with pytest.raises(ModelError, match="its config says 1 layers, and 2 are left out"):
+        load(settings)
 
 
 def test_the_vae_attends_as_the_librarys_does(tiny_models):

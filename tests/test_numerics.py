@@ -1,16 +1,21 @@
 """Schedule, sampler, guidance, TeaCache, blending and buckets, each on its own and without a model."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_helper.blending import SectionJoiner, crossfade, to_uint8
 from diffusers_helper.buckets import buckets, nearest_bucket, resize_and_center_crop
+from diffusers_helper.euler import sample_euler
 from diffusers_helper.guidance import guided_velocity
+from diffusers_helper.samplers import SAMPLERS
 from diffusers_helper.schedule import flow_shift_mu, shifted_sigmas
-from diffusers_helper.teacache import POLYNOMIAL, TeaCache, estimated_change
+from diffusers_helper.step_cache import relative_change
+from diffusers_helper.teacache import LEAST, POLYNOMIAL, TeaCache, estimated_change
 from diffusers_helper.unipc import sample_unipc
 
 
@@ -53,7 +58,8 @@ class TestUniPC:
         result = sample_unipc(lambda x, sigma: 0.9 * x, torch.ones(4), shifted_sigmas(steps, 1.0))
         assert torch.isfinite(result).all()
 
-    def test_converges_with_third_order_to_the_exact_solution(self):
+    @pytest.mark.parametrize(("name", "order"), [("unipc_bh1", 3), ("unipc_bh2", 3), ("euler", 1)])
+    def test_converges_with_its_order_to_the_exact_solution(self, name, order):
         """Data N(0, s²): the ideal x0(x, σ) is linear in x, and x keeps its ratio to its spread at σ."""
         s, last = 0.5, 0.05
 
@@ -67,9 +73,11 @@ class TestUniPC:
         for steps in (20, 40, 80):  # even in log σ, so that halving the step halves it everywhere
             levels = torch.logspace(0, math.log10(last), steps, dtype=torch.float64)
             levels = torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
-            x0 = sample_unipc(denoise, torch.ones(1, dtype=torch.float64), levels)
+            x0 = SAMPLERS[name](denoise, torch.ones(1, dtype=torch.float64), levels)
             errors.append(abs(x0.item() - denoise(spread(last), last)))
-        assert errors[0] / errors[1] > 7 and errors[1] / errors[2] > 7  # 2³, less what 20 steps lack
+        for coarse, fine in pairwise(errors):
+            assert math.log2(coarse / fine) > order - 0.2  # less what 20 steps lack
+        assert order > 1 or math.log2(errors[1] / errors[2]) < 1.2
 
     def test_the_callback_can_stop_it(self):
         class StopEarlyError(Exception):
@@ -83,6 +91,61 @@ class TestUniPC:
         with pytest.raises(StopEarlyError):
             sample_unipc(lambda x, s: calls.append(s) or x, torch.ones(1), self.sigmas, stop)
         assert len(calls) == 3
+
+
+class TestSamplers:
+    """On data N(0, s²) with an s for each channel, whose exact sample is s · noise."""
+
+    noise = torch.randn(2, 16, 3, 4, generator=torch.Generator().manual_seed(0))
+    spread = torch.linspace(0.3, 1.5, 16).view(1, 16, 1, 1)
+
+    def denoise(self, x, sigma):
+        return x * (1 - sigma) * self.spread**2 / (((1 - sigma) * self.spread) ** 2 + sigma**2)
+
+    def results(self, steps):
+        sigmas = shifted_sigmas(steps, math.log(7))
+        return {name: sample(self.denoise, self.noise, sigmas) for name, sample in SAMPLERS.items()}
+
+    def errors(self, steps):
+        exact = self.noise * self.spread
+        return {name: ((x0 - exact).norm() / exact.norm()).item() for name, x0 in self.results(steps).items()}
+
+    def test_they_meet(self):
+        for name, error in self.errors(400).items():
+            assert error < (0.02 if name == "euler" else 0.002), name
+        few = self.errors(25)
+        assert max(few["unipc_bh1"], few["unipc_bh2"]) < few["euler"] < 0.2
+
+    def test_they_differ_on_the_way(self):
+        bh1, bh2, euler = self.results(6).values()
+        for one, other in [(bh1, bh2), (bh1, euler), (bh2, euler)]:
+            assert (one - other).abs().max() > 1e-5
+
+    @pytest.mark.parametrize("steps", [1, 2])
+    def test_with_up_to_two_steps_they_are_the_same(self, steps):
+        first, *others = self.results(steps).values()
+        for other in others:
+            assert torch.allclose(first, other, atol=1e-6)
+
+    @pytest.mark.parametrize("name", SAMPLERS)
+    @pytest.mark.parametrize("steps", [1, 2, 3, 7, 100])
+    def test_one_evaluation_a_step_and_the_last_is_the_result(self, name, steps):
+        sigmas, told = shifted_sigmas(steps, math.log(20)), []
+        result = SAMPLERS[name](self.denoise, self.noise, sigmas, lambda i, x0: told.append((i, x0)))
+        assert [i for i, _ in told] == [*range(steps)]
+        assert torch.equal(result, told[-1][1]) and torch.isfinite(result).all()
+        assert result.dtype == self.noise.dtype and result.shape == self.noise.shape
+
+    @pytest.mark.parametrize("steps", [1, 4, 25])
+    def test_euler_is_the_librarys(self, steps):
+        sigmas = shifted_sigmas(steps, math.log(3))
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
+        assert torch.equal(scheduler.sigmas, sigmas)
+        x = self.noise
+        for timestep, sigma in zip(scheduler.timesteps, sigmas[:-1].tolist(), strict=True):
+            x = scheduler.step((x - self.denoise(x, sigma)) / sigma, timestep, x, return_dict=False)[0]
+        assert torch.allclose(sample_euler(self.denoise, self.noise, sigmas), x, atol=1e-5)
 
 
 class TestGuidance:
@@ -110,11 +173,40 @@ class TestTeaCache:
     def test_polynomial(self):
         assert estimated_change(0.1) == pytest.approx(np.polyval(POLYNOMIAL, 0.1))
 
+    def test_its_least_value(self):
+        least = np.polyval(POLYNOMIAL, np.linspace(0, 1, 100_001)).min()
+        assert LEAST < least < LEAST + 1e-4
+        assert (np.roots(np.polyder(POLYNOMIAL)).real < 1).all()  # it only rises from 1 on
+
+    @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.15, 0.3, 1.0])
+    def test_the_decisions_are_those_of_the_rule_though_not_every_change_is_read(
+        self, threshold, monkeypatch
+    ):
+        read = []
+        monkeypatch.setattr(
+            "diffusers_helper.teacache.relative_change",
+            lambda now, before: read.append(1) or relative_change(now, before),
+        )
+        generator = torch.Generator().manual_seed(0)
+        inputs, signal = [], torch.randn(50, generator=generator)
+        for _ in range(200):
+            inputs.append(signal)
+            signal = signal + 0.05 * torch.randn(50, generator=generator)
+        expected, accumulated = [True], 0.0
+        for before, now in pairwise(inputs[:-1]):
+            change = ((now - before).abs().mean() / before.abs().mean()).item()
+            accumulated += float(np.polyval(POLYNOMIAL, change))
+            expected.append(accumulated >= threshold)
+            accumulated = 0.0 if expected[-1] else accumulated
+        cache = TeaCache(200, threshold)
+        assert [cache.should_compute(signal) for signal in inputs] == [*expected, True]
+        assert len(read) <= 198 and (len(read) == 0) == (threshold <= LEAST)
+
     def test_first_and_last_always_compute(self):
         cache = TeaCache(steps=3, threshold=1e9)
         same = torch.ones(1, 4, 2)
         assert [cache.should_compute(same) for _ in range(3)] == [True, False, True]
-        assert cache.computed == 2
+        assert cache.computed == [0, 2]
 
     def test_change_accumulates_until_the_threshold(self):
         # an unchanged input still counts for the polynomial's constant, 0.096 a step

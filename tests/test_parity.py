@@ -35,9 +35,7 @@ def test_same_video_as_the_official_code(name, model, models, monkeypatch, tmp_p
     request = VideoRequest(input_image="golden/input.png", model=model, **arguments)
 
     clips, sections = [], []
-    monkeypatch.setattr(
-        core.pipeline, "save_bcthw_as_mp4", lambda c, *_: clips.extend(c) or 0
-    )  # before H.264
+    monkeypatch.setattr(core.pipeline, "save_video", lambda c, *_: clips.extend(c) or 0)  # before H.264
     models.use_direction(model)
     image = np.asarray(Image.open(GOLDEN / "input.png").convert("RGB"))
     generate_video_sync(models, image, request, tmp_path / "unused.mp4", on_section=sections.append)

@@ -15,10 +15,11 @@ from benchmarks.quality_report import bound_rows, digest, summarised, summarised
 from builder.demo.motion import SECTION
 from builder.demo.world import render
 from builder.make_demo_models import RECORD, SUMS, take
+from core.pipeline.caching import CACHES
 from core.pipeline.sections import plan_sections
 from core.request import parse_request
 from core.timing import JobTimer
-from diffusers_helper.teacache import TeaCache
+from diffusers_helper.magcache import MagnitudeCurve
 from tests.test_demo_world import photograph
 from tests.tiny import TINY_MODELS
 
@@ -171,33 +172,57 @@ class TestFigures:
 
         def watched(models, picture, job, frugal=False):
             dtypes = models.transformer_dtype, models.vae.dtype
-            seen.append((job["use_teacache"], TeaCache(1).threshold, frugal, *dtypes))
-            return generate(models, picture, job | {"steps": min(3, job.get("steps", 3))}, frugal)
+            seen.append((job["cache"], job.get("cache_threshold"), frugal, *dtypes))
+            return generate(models, picture, job | {"steps": min(4, job.get("steps", 4))}, frugal)
 
         offered = [
             Choice("exact"),
             Choice("again"),
-            Choice("TeaCache 0.3", {"use_teacache": True}, threshold=0.3),
+            Choice("teacache 1", {"cache": "teacache", "cache_threshold": 1.0}),
+            Choice("magcache 1", {"cache": "magcache", "cache_threshold": 1.0}),
+            Choice("euler 4", {"sampler": "euler", "steps": 4}),
             Choice("tiled decode", tiled=True),
             Choice("bfloat16", transformer=torch.bfloat16),
         ]
         monkeypatch.setattr(quality, "generate", watched)
         monkeypatch.setattr(quality, "choices", lambda device: offered)
+        monkeypatch.setattr(tiny_models, "magnitudes", {"i2v": MagnitudeCurve((1.0, 0.5), (1.0, 1.05))})
         (sample, *_) = draw_samples(["costs"], 0.01)
         found = compare(tiny_models, sample)["choices"]
         assert [one["choice"] for one in found] == [choice.name for choice in offered]
-        assert [one["to_exact"] == EQUAL for one in found] == [True, True, False, True, False]
+        equal = [one["choice"] for one in found if one["to_exact"] == EQUAL]
+        assert equal == ["exact", "again", "tiled decode"]
         single = torch.float32
         assert seen[1::2] == [
-            (False, 0.15, False, single, single),
-            (False, 0.15, False, single, single),
-            (True, 0.3, False, single, single),
-            (False, 0.15, True, single, single),
-            (False, 0.15, False, torch.bfloat16, single),
+            ("none", None, False, single, single),
+            ("none", None, False, single, single),
+            ("teacache", 1.0, False, single, single),
+            ("magcache", 1.0, False, single, single),
+            ("none", None, False, single, single),
+            ("none", None, True, single, single),
+            ("none", None, False, torch.bfloat16, single),
         ]
-        assert TeaCache(1).threshold == 0.15
         assert tiny_models.transformer_dtype == tiny_models.transformer.dtype == single
         assert tiny_models.vae.tile_sample_min_height == 256
+
+    def test_models_that_were_not_measured_are_measured_once(self, tiny_models, monkeypatch):
+        curve, asked = MagnitudeCurve((1.0, 0.5), (1.0, 1.05)), []
+        monkeypatch.setattr(quality, "measure", lambda models, *what: asked.append(what) or curve)
+        monkeypatch.setattr(tiny_models, "magnitudes", {})
+        for _ in range(2):
+            quality.measure_magnitudes(tiny_models, "i2v")
+        ((picture, request),) = asked
+        assert tiny_models.magnitudes == {"i2v": curve}
+        assert picture.ndim == 3 and request.model == "i2v"
+
+    def test_every_choice_is_a_request_that_the_worker_takes(self):
+        offered = quality.choices(torch.device("cpu"))
+        for choice in offered:
+            parse_request({"input_image": "…", "prompt": "x", "cache": "none"} | choice.fields)
+        names = {choice.name for choice in offered}
+        assert len(names) == len(offered)
+        assert {f"{kind} {of.THRESHOLD:g}" for kind, of in CACHES.items()} <= names
+        assert {name.partition(" ")[0] for name in names} >= {"bh2", "euler", "shift", "teacache+"}
 
     def test_on_a_cpu_no_other_precision_is_offered(self):
         names, with_gpu = ([c.name for c in quality.choices(torch.device(of))] for of in ("cpu", "cuda"))

@@ -32,6 +32,18 @@ DEFAULTS = {
     "preview": False,
     "model": None,
     "resolution": None,
+    "sampler": "unipc_bh1",
+    "shift": 0.0,
+    "cache": None,
+    "cache_threshold": None,
+    "cache_order": 0,
+    "format": "mp4",
+    "codec": None,
+    "fps": 30,
+    "poster": False,
+    "embed_parameters": True,
+    "exact_length": False,
+    "num_outputs": 1,
     "loras": [],
 }
 
@@ -68,6 +80,9 @@ WHOLE_BOUNDS = {
     "steps": (1, 100),
     "mp4_crf": (0, 51),
     "resolution": (256, 960),
+    "cache_order": (0, 2),
+    "fps": (1, 120),
+    "num_outputs": (1, 4),
 }
 REAL_BOUNDS = {
     "total_second_length": (1, 120),
@@ -76,6 +91,8 @@ REAL_BOUNDS = {
     "rs": (0, 1),
     "gpu_memory_preservation": (0, 128),
     "timeout_s": (1, 86_400),
+    "shift": (0, 20),
+    "cache_threshold": (0, 1),
 }
 NUMBERS = [*WHOLE_BOUNDS, *REAL_BOUNDS]
 TEXTS = ["input_image", "prompt", "n_prompt"]
@@ -279,7 +296,57 @@ def test_use_teacache_must_be_a_boolean(value):
     assert refused(use_teacache=value).startswith("`use_teacache` must be true or false (got ")
 
 
-NULLABLE = ("seed", "model", "resolution", "timeout_s", "s3_config")
+@pytest.mark.parametrize("sampler", ["", "UniPC", "dpm", 1, True, None], ids=repr)
+def test_unknown_sampler(sampler):
+    assert refused(sampler=sampler).startswith("`sampler` must be 'unipc_bh1', 'unipc_bh2' or 'euler' (got ")
+
+
+@pytest.mark.parametrize("cache", ["", "TeaCache", "taylor", 1, True, []], ids=repr)
+def test_unknown_cache(cache):
+    sentence = refused(cache=cache)
+    assert sentence.startswith("`cache` must be 'none', 'teacache', 'magcache' or 'firstblock' (got ")
+
+
+@pytest.mark.parametrize("shift", [5e-324, 0.05, math.nextafter(0.1, 0)])
+def test_too_small_a_shift(shift):
+    assert refused(shift=shift).startswith("`shift` must be 0 (automatic) or at least 0.1 (got ")
+    assert accepted(shift=0.1).shift == 0.1
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({}, "teacache"),
+        ({"use_teacache": True}, "teacache"),
+        ({"use_teacache": False}, "none"),
+        ({"use_teacache": True, "cache": None}, "teacache"),
+        ({"use_teacache": False, "cache": None}, "none"),
+        ({"use_teacache": True, "cache": "teacache"}, "teacache"),
+        ({"use_teacache": False, "cache": "none"}, "none"),
+        ({"use_teacache": False, "cache": "magcache"}, "magcache"),
+        ({"cache": "none"}, "none"),
+        ({"cache": "teacache"}, "teacache"),
+        ({"cache": "firstblock"}, "firstblock"),
+    ],
+)
+def test_one_cache(fields, kind):
+    request = accepted(**fields)
+    assert request.cache_kind == kind and request.use_teacache == (kind == "teacache")
+    assert parse_request(request.model_dump()) == request
+
+
+@pytest.mark.parametrize(
+    ("use_teacache", "cache"),
+    [(True, "none"), (True, "magcache"), (True, "firstblock"), (False, "teacache")],
+)
+def test_two_caches_at_once(use_teacache, cache):
+    assert refused(use_teacache=use_teacache, cache=cache) == (
+        f"`use_teacache` {str(use_teacache).lower()} and `cache` {cache} contradict each other; give one of "
+        "them."
+    )
+
+
+NULLABLE = ("seed", "model", "resolution", "timeout_s", "s3_config", "cache", "cache_threshold", "codec")
 
 
 @pytest.mark.parametrize("name", [name for name in DEFAULTS if name not in NULLABLE])

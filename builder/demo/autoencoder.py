@@ -20,6 +20,7 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
 from torch import nn
 from torch._inductor import config as inductor
 
+from builder.demo.course import Course
 from builder.demo.optimizers import Optimizers
 from diffusers_helper.vae import attend_framewise
 
@@ -46,7 +47,7 @@ def make_vae(channels: tuple[int, ...] = CHANNELS) -> AutoencoderKLHunyuanVideo:
 def train_vae(
     vae: AutoencoderKLHunyuanVideo,
     clips: Iterator[torch.Tensor],
-    steps: int,
+    course: Course,
     device: torch.device,
     report_every: int = 100,
 ) -> Iterator[dict]:
@@ -55,12 +56,12 @@ def train_vae(
     `clips` gives batches (B, 3, T, H, W) in −1…1 on `device`, T = 4k + 1.
     """
     vae.to(device).train()
-    optimizers = Optimizers(vae, is_inside, steps, MATRIX_RATE, RATE)
+    optimizers = Optimizers(vae, is_inside, MATRIX_RATE, RATE)
     encode, decode = vae.encoder, vae.decoder
     if device.type == "cuda":
         inductor.force_layout_optimization = True  # channels last, as tensor cores want them
         encode, decode = torch.compile(encode), torch.compile(decode)
-    for step in range(1, steps + 1):
+    for step in course:
         pixels = next(clips)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mean = vae.quant_conv(encode(pixels))[:, : vae.config.latent_channels].float()
@@ -68,7 +69,7 @@ def train_vae(
             decoded = decode(vae.post_quant_conv(latents)).float()
         loss = reconstruction_loss(decoded, pixels) + LATENT_PULL * mean.square().mean()
         loss.backward()
-        optimizers.step()
+        optimizers.step(course.done)
         if step % report_every == 0:
             yield {"step": step, "loss": round(loss.item(), 5), "psnr": round(mean_psnr(decoded, pixels), 2)}
     vae.eval()

@@ -14,7 +14,7 @@ ROUNDS = 5
 
 
 class Optimizers:
-    """Both optimizers over a module's parameters; `step` also clips the gradient and moves the schedule.
+    """Both optimizers over a module's parameters; `step` also clips the gradient and sets the rates.
 
     `inside(name)` says of a parameter with two or more dimensions whether it is Muon's.
     """
@@ -23,7 +23,6 @@ class Optimizers:
         self,
         module: nn.Module,
         inside: Callable[[str], bool],
-        steps: int,
         matrix_rate: float,
         rate: float,
         weight_decay: float = 0.0,
@@ -36,12 +35,11 @@ class Optimizers:
         fused = self._parameters[0].is_cuda
         self._adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=weight_decay, fused=fused)
         self._rates = matrix_rate, rate
-        self._steps, self._done = steps, 0
 
-    def step(self) -> None:
-        """One step by the parameters' gradients, which are gone after it."""
+    def step(self, done: float) -> None:
+        """One step by the parameters' gradients, which are gone after it; `done` is as in `warm_cosine`."""
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        factor = warm_cosine(self._done, self._steps)
+        factor = warm_cosine(done)
         matrix_rate, rate = (factor * rate for rate in self._rates)
         self._muon.step(matrix_rate)
         for group in self._adamw.param_groups:
@@ -49,7 +47,6 @@ class Optimizers:
         self._adamw.step()
         for parameter in self._parameters:
             parameter.grad = None
-        self._done += 1
 
 
 class Muon:
@@ -94,8 +91,10 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     return (x if wide else x.mT).float()
 
 
-def warm_cosine(step: int, steps: int) -> float:
-    """Share of the full learning rate: up in the first 3 %, then a cosine down to a hundredth."""
-    warm = max(1, round(WARM_SHARE * steps))
-    cosine = (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
-    return min(1.0, (step + 1) / warm) * (LAST_RATE + (1 - LAST_RATE) * cosine)
+def warm_cosine(done: float) -> float:
+    """Share of the full learning rate when so much of the training, 0…1, is done.
+
+    Up in the first 3 %, then a cosine down to a hundredth.
+    """
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    return min(1.0, done / WARM_SHARE) * (LAST_RATE + (1 - LAST_RATE) * cosine)

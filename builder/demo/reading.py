@@ -82,7 +82,7 @@ def train_text_encoders(
     generator = torch.Generator().manual_seed(seed)
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * warm_cosine(step - 1, steps)
+            group["lr"] = RATE * warm_cosine(step / steps)
         rows = torch.randint(prompts, (BATCH,), generator=generator).to(device)
         loss = _loss(readers, lessons.some(rows))
         optimizer.zero_grad()

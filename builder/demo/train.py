@@ -1,23 +1,30 @@
 """Train the demo models from nothing, on one GPU, into a folder in the hub's layout.
 
     pip install -r builder/demo/requirements.txt
-    python -m builder.demo.train FOLDER [--seed 0] [--vae-steps N] [--clips N] [--steps N]
+    python -m builder.demo.train FOLDER [--seed 0] [--minutes 23]
+    python -m builder.demo.train FOLDER --parts transformer    # with the encoders and the VAE that are there
+    python -m builder.demo.train FOLDER --steps 4000 500 9000  # as many as an earlier run had
 
 Writes hunyuan/, redux/ and framepack/ (one transformer for both directions), and training.json: what was
-done, how long each part took, and the losses on the way.
+done, how long each part took, its steps and the losses on the way.
 """
 
 import argparse
 import json
 import random
 import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKLHunyuanVideo
 from einops import rearrange
 
 from builder.demo.autoencoder import make_vae, set_posterior_noise, train_vae, whiten_latents
 from builder.demo.bank import ClipBank, latent_statistics
+from builder.demo.course import Course
 from builder.demo.devices import ahead
 from builder.demo.encoders import Encoders, write_encoders
 from builder.demo.layouts import CLIP_FRAMES, PARTS, SHORT_FRAMES
@@ -27,7 +34,10 @@ from builder.demo.reading import train_text_encoders
 from builder.demo.scene import FRAME_SIZES, draw_meaning, photograph_scene, train_scene
 from builder.demo.transformer import make_transformer, save_transformer, train_transformer
 from builder.demo.world import render_batch
+from diffusers_helper.vae import attend_framewise
 
+TRAINED = ("encoders", "vae", "transformer")
+MINUTES = 23.0  # with the encoders' one and a half and all that is written, 25 on one H100
 VAE_FRAMES, VAE_CROP, VAE_BATCH = 17, 128, 8
 VAE_PHOTOGRAPHS = 0.2  # of the VAE's clips, besides those of the world itself
 VAE_LATEST_START, LATEST_START = 120, 300  # frames; cameras and shapes have come to rest by then
@@ -38,55 +48,97 @@ TOKENIZER_PROMPTS, READING_PROMPTS, READING_STEPS = 20_000, 40_000, 1500
 INFERENCE_NOISE = 0.01  # the start latent is as good as the decoder allows
 
 
+@dataclass(frozen=True)
+class Courses:
+    """How long the VAE is trained, how many batches of clips are encoded, how long the transformer is."""
+
+    vae: Course
+    clips: Course
+    transformer: Course
+
+    @classmethod
+    def of_seconds(cls, seconds: float, parts: Collection[str]) -> "Courses":
+        """Those of `parts` share the seconds."""
+        shares = {"vae": 0.4, "clips": 0.1, "transformer": 0.5}
+        whole = sum(share for name, share in shares.items() if name in parts or name == "clips")
+        return cls(**{name: Course(seconds=seconds * share / whole) for name, share in shares.items()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-steps", type=int, default=6000)
-    parser.add_argument("--clips", type=int, default=8000, help="for the transformer")
-    parser.add_argument("--steps", type=int, default=14_000, help="of the transformer")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=MINUTES, help="for all parts but the encoders")
+    length.add_argument("--steps", type=int, nargs=3, metavar=("VAE", "CLIPS", "TRANSFORMER"))
+    parser.add_argument("--parts", type=_parts, default=TRAINED, help=f"of {','.join(TRAINED)}")
     options = parser.parse_args()
-    train(options.folder, options.seed, options.vae_steps, options.clips, options.steps)
+    if options.steps:
+        courses = Courses(*(Course(steps=steps) for steps in options.steps))
+    else:
+        courses = Courses.of_seconds(60 * options.minutes, options.parts)
+    train(options.folder, options.seed, courses, options.parts)
 
 
-def train(folder: Path, seed: int, vae_steps: int, clips: int, steps: int, batch: int = BATCH) -> None:
-    """All of it; the same seed and numbers give the same models, within the noise of the GPU's sums."""
+def _parts(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in TRAINED]:
+        raise argparse.ArgumentTypeError(f"there is no part {unknown[0]!r}")
+    return names
+
+
+def train(
+    folder: Path,
+    seed: int,
+    courses: Courses,
+    parts: Collection[str] = TRAINED,
+    batch: int = BATCH,
+) -> None:
+    """Train `parts`, the others being in `folder`.
+
+    The same seed and steps give the same models, within the noise of the GPU's sums.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
-    record = Record(folder / "training.json", seed=seed, vae_steps=vae_steps, clips=clips, steps=steps)
+    record = Record(folder / "training.json", seed)
 
-    with record.part("encoders"):
-        write_encoders(folder, draw_prompts(random.Random(f"prompts {seed}"), TOKENIZER_PROMPTS), seed)
-        for row in train_text_encoders(folder, READING_STEPS, READING_PROMPTS, device, seed):
-            record.row(row)
-        encoders = Encoders(folder, device)
+    if "encoders" in parts:
+        with record.part("encoders", steps=READING_STEPS):
+            write_encoders(folder, draw_prompts(random.Random(f"prompts {seed}"), TOKENIZER_PROMPTS), seed)
+            for row in train_text_encoders(folder, READING_STEPS, READING_PROMPTS, device, seed):
+                record.row(row)
 
-    with record.part("vae"):
-        vae = make_vae()
-        for row in train_vae(vae, ahead(vae_batch, f"vae {seed}", device), vae_steps, device):
-            record.row(row)
-        rng = random.Random(f"statistics {seed}")
-        whiten_latents(vae, *latent_statistics(vae, lambda: vae_clips(rng, device), 20))
-        set_posterior_noise(vae, INFERENCE_NOISE)
-        vae.half().save_pretrained(folder / "hunyuan" / "vae")
+    if "vae" in parts:
+        with record.part("vae") as numbers:
+            vae = make_vae()
+            for row in train_vae(vae, ahead(vae_batch, f"vae {seed}", device), courses.vae, device):
+                record.row(row)
+            numbers["steps"] = courses.vae.steps
+            rng = random.Random(f"statistics {seed}")
+            whiten_latents(vae, *latent_statistics(vae, lambda: vae_clips(rng, device), 20))
+            set_posterior_noise(vae, INFERENCE_NOISE)
+            vae.half().save_pretrained(folder / "hunyuan" / "vae")
 
-    with record.part("clips"):
-        vae.to(torch.float16 if device.type == "cuda" else torch.float32)
-        bank = ClipBank(vae, encoders, seed)
-        for pixels, prompts, starts in ahead(bank_batch, f"clips {seed}", device):
-            bank.add(pixels, prompts, starts)
-            if len(bank) >= clips:
-                break
-        bank.encode_prompts()
-
-    with record.part("transformer"):
-        model = make_transformer()
-        for row in train_transformer(model, bank, steps, batch, device, seed):
-            record.row(row)
-        save_transformer(model, folder / "framepack")
+    if "transformer" in parts:
+        with record.part("clips") as numbers:
+            half = torch.float16 if device.type == "cuda" else torch.float32
+            vae = AutoencoderKLHunyuanVideo.from_pretrained(folder / "hunyuan" / "vae", torch_dtype=half)
+            attend_framewise(vae)
+            bank = ClipBank(vae.to(device).eval(), Encoders(folder, device), seed)
+            drawn = ahead(bank_batch, f"clips {seed}", device)
+            for _, (pixels, prompts, starts) in zip(courses.clips, drawn, strict=False):
+                bank.add(pixels, prompts, starts)
+            bank.encode_prompts()
+            numbers |= {"batches": courses.clips.steps, "clips": len(bank)}
+        with record.part("transformer", batch=batch) as numbers:
+            model = make_transformer()
+            for row in train_transformer(model, bank, courses.transformer, batch, device, seed):
+                record.row(row)
+            numbers["steps"] = courses.transformer.steps
+            save_transformer(model, folder / "framepack")
 
 
 def draw_prompts(rng: random.Random, number: int) -> list[str]:
@@ -132,33 +184,33 @@ def bank_batch(
 
 
 class Record:
-    """What was done, for the model card; printed on the way and written after every part."""
+    """What was done, for the model card; printed on the way and written after every part.
 
-    def __init__(self, path: Path, **numbers: int) -> None:
+    Parts that an earlier run did in the same folder stay in it.
+    """
+
+    def __init__(self, path: Path, seed: int) -> None:
         self._path = path
+        self._parts = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else {}
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        self._content = {"device": gpu, "torch": torch.__version__, **numbers, "parts": {}}
+        self._where = {"device": gpu, "torch": torch.__version__, "seed": seed}
         self._rows: list[dict] = []
-        self._started = 0.0
-        self._name = ""
+        self._name, self._started = "", 0.0
 
-    def part(self, name: str) -> "Record":
-        self._name, self._rows = name, []
-        return self
+    @contextmanager
+    def part(self, name: str, **numbers: int) -> Iterator[dict[str, int]]:
+        """Times what is done within it; its numbers may be added to."""
+        self._name, self._rows, self._started = name, [], time.perf_counter()
+        yield numbers
+        seconds = round(time.perf_counter() - self._started, 1)
+        self._parts[name] = self._where | numbers | {"seconds": seconds, "rows": self._rows}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps({"parts": self._parts}, indent=1), encoding="utf-8")
+        print(f"{name}: {seconds} s", flush=True)
 
     def row(self, row: dict) -> None:
         self._rows.append(row)
         print(self._name, f"{time.perf_counter() - self._started:.0f} s", row, flush=True)
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        seconds = round(time.perf_counter() - self._started, 1)
-        self._content["parts"][self._name] = {"seconds": seconds, "rows": self._rows}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(self._content, indent=1), encoding="utf-8")
-        print(f"{self._name}: {seconds} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import nn
 from torch._inductor import config as inductor
 
 from builder.demo.bank import ClipBank
+from builder.demo.course import Course
 from builder.demo.encoders import IMAGE_WIDTH, POOLED_WIDTH, TEXT_WIDTH
 from builder.demo.flow_matching import AveragedWeights, flow_loss
 from builder.demo.layouts import PARTS, Cut, cut_section
@@ -61,7 +62,7 @@ def is_modulation(name: str) -> bool:
 def train_transformer(
     model: FramePackTransformer,
     bank: ClipBank,
-    steps: int,
+    course: Course,
     batch: int,
     device: torch.device,
     seed: int,
@@ -75,14 +76,14 @@ def train_transformer(
     generator = torch.Generator(device).manual_seed(seed)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model.to(device).train()
-    optimizers = Optimizers(model, is_inside, steps, MATRIX_RATE, RATE, WEIGHT_DECAY)
+    optimizers = Optimizers(model, is_inside, MATRIX_RATE, RATE, WEIGHT_DECAY)
     averages = AveragedWeights(model)
     if device.type == "cuda":
         inductor.triton.coalesce_tiling_analysis = False  # fails on some of these shapes in torch 2.11
         for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
             block.compile(dynamic=True)
     total = torch.zeros((), device=device)
-    for step in range(1, steps + 1):
+    for step in course:
         (part,) = draw.choices(PARTS, PART_SHARES)
         samples = bank.draw(batch, part)
         noise = HISTORY_NOISE * torch.rand(batch, 1, 1, 1, 1, generator=generator, device=device)
@@ -101,7 +102,7 @@ def train_transformer(
                 generator,
             )
         loss.backward()
-        optimizers.step()
+        optimizers.step(course.done)
         averages.update(model)
         total += loss.detach()
         if step % report_every == 0:

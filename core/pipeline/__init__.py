@@ -16,15 +16,17 @@ import torch
 
 from core.deadline import Deadline
 from core.errors import TimeLimitError, VideoEncodingError
-from core.pipeline.conditioning import encode_conditioning
+from core.file_format import codec_of
+from core.pipeline.conditioning import Conditioning, encode_conditioning
 from core.pipeline.decoding import VideoDecoder
 from core.pipeline.models import Models, initialize_models
-from core.pipeline.sampling import SampledSection, sample_sections
-from core.pipeline.sections import FPS, Section, SectionPlan, plan_sections
+from core.pipeline.sampling import SampledSection, sample_sections, schedule_mu
+from core.pipeline.sections import Section, SectionPlan, plan_sections
 from core.progress import Pace, Progress
 from core.request import VideoRequest
 from core.timing import JobTimer
-from core.video import save_bcthw_as_mp4
+from core.video import VideoFile, first_frame_jpeg, save_video
+from diffusers_helper.blending import first_frames
 from diffusers_helper.buckets import nearest_bucket, resize_and_center_crop
 from diffusers_helper.preview import LatentPreview
 
@@ -42,7 +44,10 @@ class GeneratedVideo:
     plan: SectionPlan
     sections: int  # finished; fewer than planned only where the time ran out and `partial` was asked
     tiled_decode: bool
+    shift: float  # of the noise schedule
     warnings: tuple[str, ...]
+    poster: bytes | None  # a JPEG of the first frame, where it was asked for
+    conditioning: Conditioning
 
 
 def generate_video_sync(
@@ -59,14 +64,18 @@ def generate_video_sync(
     on_section: Callable[[SampledSection], None] = lambda sampled: None,
     frugal: bool = False,
     spare_filename: Callable[[], Path] | None = None,
+    shared: Conditioning | None = None,
+    embed: Callable[[dict[str, Any]], str] | None = None,
 ) -> GeneratedVideo:
-    """Animate `input_image` (H, W, 3) uint8 as `request` asks and write the MP4 to `output_filename`.
+    """Animate `input_image` (H, W, 3) uint8 as `request` asks and write the file to `output_filename`.
 
     `seed` replaces the request's (which may ask for a drawn one). `check_cancelled` runs after every stage
     and step and may raise to stop; `report` is told where the job stands; `on_section` sees each section's
     latents; `frugal` spends time for memory (no transformer block kept on the GPU in swap mode, a tiled VAE).
     Encoding that fails is tried once more, at `spare_filename()`. Once `deadline` has passed no further step
     or decode starts: TimeLimitError, or where the request says `partial` the sections finished by then.
+    `shared` is the conditioning of an earlier video of the same request; `embed` makes a text for the file
+    from the parameters that were only decided here.
     The transformer's LoRAs are not looked at: `models.use_loras` has them in place before.
     Reproduces the official `worker`, except that the start latent follows from the seed.
     """
@@ -74,7 +83,9 @@ def generate_video_sync(
     timer = timer or JobTimer()
     deadline = deadline or Deadline()
     direction = request.model or models.profile.direction
-    plan = plan_sections(request.total_second_length, request.latent_window_size, direction)
+    plan = plan_sections(
+        request.total_second_length, request.latent_window_size, direction, request.exact_length
+    )
     progress = Progress(sections=len(plan.sections), steps=request.steps)
     pace = Pace(len(plan.sections) * request.steps)
 
@@ -95,10 +106,15 @@ def generate_video_sync(
     image = resize_and_center_crop(input_image, height, width)
 
     stage("encode")
-    conditioning = encode_conditioning(models, image, request, seed, timer)
+    if shared is None:
+        conditioning = encode_conditioning(models, image, request, seed, timer)
+    else:
+        conditioning = shared.for_seed(seed)
+    shift = math.exp(schedule_mu(models, request, (plan.window, *conditioning.start_latent.shape[-2:])))
     preview_of = _previews(conditioning.start_latent, image) if request.preview else lambda x0: None
 
-    decoder = VideoDecoder(models, plan, timer, force_tiling=frugal)
+    path = Path(output_filename)
+    decoder = VideoDecoder(models, plan, timer, path.parent, force_tiling=frugal)
     preserved_gb = math.inf if frugal else request.gpu_memory_preservation
     try:
         stage("sample", section=1)
@@ -113,19 +129,25 @@ def generate_video_sync(
             raise _with_sections(error, decoder.sections, plan) from None
         timer.drop_sections(decoder.sections)
 
+    whole = decoder.sections == len(plan.sections)
+
     def finished_clips() -> Iterator[torch.Tensor]:
-        for clip in decoder.clips():
+        clips = decoder.clips()
+        if whole and plan.exact_frames is not None:
+            clips = first_frames(clips, plan.exact_frames)
+        for clip in clips:
             check_cancelled()
             yield clip
 
     report(progress.at("mp4_encode", section=decoder.sections, step=request.steps))
     with timer.span("mp4_encode"):
-        path = Path(output_filename)
+        file = _file(request, embed({"shift": shift}) if embed else None)
         try:
-            frames = save_bcthw_as_mp4(finished_clips(), path, FPS, request.mp4_crf)
+            frames = save_video(finished_clips(), path, file)
         except VideoEncodingError:
             path = spare_filename() if spare_filename else path
-            frames = save_bcthw_as_mp4(finished_clips(), path, FPS, request.mp4_crf)
+            frames = save_video(finished_clips(), path, file)
+        poster = first_frame_jpeg(finished_clips()) if request.poster else None
     return GeneratedVideo(
         path=path,
         width=width,
@@ -134,8 +156,16 @@ def generate_video_sync(
         plan=plan,
         sections=decoder.sections,
         tiled_decode=decoder.tiled,
+        shift=shift,
         warnings=conditioning.warnings,
+        poster=poster,
+        conditioning=conditioning,
     )
+
+
+def _file(request: VideoRequest, embedded: str | None) -> VideoFile:
+    codec = codec_of(request.format, request.codec)
+    return VideoFile(request.format, codec, request.fps, request.mp4_crf, embedded)
 
 
 def _previews(start_latent: torch.Tensor, image: np.ndarray) -> Callable[[torch.Tensor], Callable[[], str]]:

@@ -1,6 +1,6 @@
 """A request's prompt and image → everything the transformer is conditioned on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,11 @@ class Conditioning:
     image_embeds: torch.Tensor  # (1, patches, D), in the transformer's dtype
     start_latent: torch.Tensor  # (1, 16, 1, H/8, W/8), float32 on the CPU
     warnings: tuple[str, ...]
+    start_posterior: vae.ImagePosterior  # that the start latent was drawn from
+
+    def for_seed(self, seed: int) -> "Conditioning":
+        """The same for another seed: only the start latent depends on it."""
+        return replace(self, start_latent=_drawn(self.start_posterior, seed))
 
 
 def encode_conditioning(
@@ -32,8 +37,8 @@ def encode_conditioning(
         positive = _encode(models, request.prompt)
         negative = positive.zeros_like() if request.cfg == 1 else _encode(models, request.n_prompt)
     with timer.span("vae_encode"), models.on_device("vae"):
-        generator = torch.Generator("cpu").manual_seed(VAE_SEED_OFFSET + seed)
-        start_latent = vae.encode_image(image, models.vae, generator, models.device).float().cpu()
+        posterior = vae.encode_image(image, models.vae, models.device)
+        start_latent = _drawn(posterior, seed)
     with timer.span("clip_vision"), models.on_device("image_encoder"):
         image_embeds = clip_vision.encode_image(
             image, models.feature_extractor, models.image_encoder, models.device
@@ -44,12 +49,17 @@ def encode_conditioning(
         negative=negative.to(*target),
         image_embeds=image_embeds.to(*target),
         start_latent=start_latent,
+        start_posterior=posterior,
         warnings=tuple(
             f"`{name}` is longer than the 256 tokens the model reads; the rest was ignored."
             for name, embeds in (("prompt", positive), ("n_prompt", negative))
             if embeds.truncated
         ),
     )
+
+
+def _drawn(posterior: vae.ImagePosterior, seed: int) -> torch.Tensor:
+    return posterior.draw(torch.Generator("cpu").manual_seed(VAE_SEED_OFFSET + seed)).float().cpu()
 
 
 def _encode(models: Models, prompt: str) -> PromptEmbeds:

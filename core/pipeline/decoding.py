@@ -1,31 +1,40 @@
 """Section latents → pixels, joined into one video."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
+from core.pipeline.clips import ClipStore
 from core.pipeline.models import Models
 from core.pipeline.sections import SectionPlan
 from core.timing import JobTimer
 from diffusers_helper.blending import SectionJoiner
-from diffusers_helper.vae import decode_latents
+from diffusers_helper.vae import DecodedTiles, decode_latents
 
 
 class VideoDecoder:
-    """Decodes sections as they come and joins them at the end that grows.
+    """Decodes sections as they come and joins them at the end that grows; long videos wait in `folder`.
 
     `tiled` is set as soon as one decode had to be split into spatial tiles for lack of memory; tiles are
     blended at their seams, so such a video differs slightly from an untiled one.
     """
 
     def __init__(
-        self, models: Models, plan: SectionPlan, timer: JobTimer, force_tiling: bool = False
+        self,
+        models: Models,
+        plan: SectionPlan,
+        timer: JobTimer,
+        folder: Path,
+        force_tiling: bool = False,
     ) -> None:
         self._models = models
         self._timer = timer
         self._prepends = plan.direction == "i2v"
         self._force_tiling = force_tiling
-        self._joiner = SectionJoiner(plan.overlap)
+        self._tiles = DecodedTiles()
+        self._store = ClipStore(folder)
+        self._joiner = SectionJoiner(plan.overlap, self._store.hold)
         self.tiled = False
         self.sections = 0  # how many are in
 
@@ -38,7 +47,8 @@ class VideoDecoder:
         with self._timer.section_span("decode"), models.on_device("vae"):
             tiled = self._force_tiling or not self._fits(latents)
             self.tiled |= tiled
-            pixels = decode_latents(latents, models.vae, models.device, tiled, check)
+            with self._tiles.used_by(models.vae):
+                pixels = decode_latents(latents, models.vae, models.device, tiled, check)
             if self._prepends:
                 self._joiner.prepend(pixels)
             else:

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
-    LlamaModel,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
     SiglipVisionModel,
@@ -25,12 +24,13 @@ from transformers import (
 from core.errors import ModelError
 from core.pipeline import weights
 from core.pipeline.loras import ChosenLora, LoraCache, fit_loras
+from core.pipeline.magnitudes import Curves, curves_of
 from core.pipeline.profiles import Direction, ModelProfile, Source, load_profile
 from core.settings import Settings
 from diffusers_helper import memory
 from diffusers_helper.host_memory import free_host_memory
 from diffusers_helper.lora import Merge, Updates
-from diffusers_helper.text import template_crop
+from diffusers_helper.text import PromptEncoder, template_crop
 from diffusers_helper.transformer import FramePackTransformer
 from diffusers_helper.vae import attend_framewise
 
@@ -50,8 +50,8 @@ class Models:
     """All models of one worker. One job at a time may use them.
 
     Attributes are the hub folders' names: tokenizer, text_encoder, tokenizer_2, text_encoder_2, vae,
-    feature_extractor, image_encoder; `transformer` is the one for `direction`. The other direction's stays
-    loaded once it was used, where memory allows.
+    feature_extractor, image_encoder; `transformer` is the one for `direction`, `magnitudes` are its curves
+    for MagCache. The other direction's stays loaded once it was used, where memory allows.
     """
 
     def __init__(
@@ -81,12 +81,13 @@ class Models:
         self.feature_extractor = _load(SiglipImageProcessorPil, redux / "feature_extractor")
         with _naming(hunyuan / "tokenizer"):
             template_crop(self.tokenizer)
-        self.text_encoder = _load_weights(LlamaModel, hunyuan / "text_encoder", dtype=half)
+        self.text_encoder = _load_weights(PromptEncoder, hunyuan / "text_encoder", dtype=half)
         self.text_encoder_2 = _load_weights(CLIPTextModel, hunyuan / "text_encoder_2", dtype=half)
         self.vae = _load_weights(AutoencoderKLHunyuanVideo, hunyuan / "vae", torch_dtype=half)
         attend_framewise(self.vae)
         self.image_encoder = _load_weights(SiglipVisionModel, redux / "image_encoder", dtype=half)
         self.direction: Direction = profile.direction
+        self._magnitudes: WeakKeyDictionary[nn.Module, Curves] = WeakKeyDictionary()
         self.transformer: FramePackTransformer | None = self._load_transformer(transformer)
         self._idle: dict[Source, FramePackTransformer] = {}  # loaded and not in use, the longest idle first
         self.lora_cache = LoraCache()
@@ -96,6 +97,14 @@ class Models:
         self.memory_mode = ""
         self.set_memory_mode(self._fitting_mode() if memory_mode == "auto" else memory_mode)
         self.load_seconds = time.perf_counter() - started
+
+    @property
+    def magnitudes(self) -> Curves:
+        return self._magnitudes[self.transformer]
+
+    @magnitudes.setter
+    def magnitudes(self, curves: Curves) -> None:
+        self._magnitudes[self.transformer] = curves
 
     def use_direction(self, direction: Direction) -> None:
         """Have the transformer for `direction`, loading it where it is not loaded.
@@ -112,10 +121,8 @@ class Models:
             self.transformer = transformer
         self.direction = direction
 
-    def use_loras(
-        self, loras: Sequence[ChosenLora], check: Callable[[], None] = lambda: None
-    ) -> list[dict[str, Any]]:
-        """Have these LoRAs, and no others, in the transformer's weights. Returns what the reply says of them.
+    def use_loras(self, loras: Sequence[ChosenLora], check: Callable[[], None] = lambda: None) -> None:
+        """Have these LoRAs, and no others, in the transformer's weights.
 
         They stay there until others, or none, are asked for; so does what is left of a merge that was broken
         off. Raises LoraError before anything is changed, ModelError where only loading the transformer anew
@@ -123,14 +130,13 @@ class Models:
         """
         if self.transformer is None:
             self.use_direction(self.direction)
-        updates, told = fit_loras(self.transformer, loras)
+        updates, _ = fit_loras(self.transformer, loras)
         wanted = [(chosen.file, chosen.weight) for chosen in loras if chosen.weight]
         _, present = self._merges.get(self.transformer, (None, []))
         if present != wanted:
             self._remove_loras()
             if wanted:
                 self._merge_loras(updates, wanted, check)
-        return told
 
     def drop_transformers(self) -> None:
         """Free them all; `use_direction` loads them anew."""
@@ -266,6 +272,7 @@ class Models:
     def _load_transformer(self, folder: Path) -> FramePackTransformer:
         model = _load_weights(FramePackTransformer, folder, torch_dtype=self.transformer_dtype)
         model.output_in_float32()
+        self._magnitudes[model] = curves_of(folder, model.config)
         return model
 
 

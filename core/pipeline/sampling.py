@@ -1,21 +1,23 @@
 """The section loop: samples each section's latents from the history, and owns that history."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from core.pipeline.caching import NewCache, step_caches
 from core.pipeline.conditioning import Conditioning
 from core.pipeline.models import Models
 from core.pipeline.sections import HISTORY, HISTORY_FRAMES, Section, SectionPlan
 from core.request import VideoRequest
 from core.timing import JobTimer
 from diffusers_helper.guidance import guided_velocity
+from diffusers_helper.samplers import SAMPLERS
 from diffusers_helper.schedule import flow_shift_mu, shifted_sigmas
-from diffusers_helper.teacache import TeaCache
+from diffusers_helper.step_cache import StepCache
 from diffusers_helper.text import PromptEmbeds
-from diffusers_helper.transformer import PackedHistory
-from diffusers_helper.unipc import sample_unipc
+from diffusers_helper.transformer import PackedHistory, PreparedCondition
 
 TIMESTEPS = 1000.0  # the model's timestep is sigma · 1000, its guidance embedding likewise
 
@@ -39,15 +41,19 @@ def sample_sections(
     timer: JobTimer,
     on_step: OnStep,
     preserved_gb: float,
+    new_cache: NewCache | None = None,
 ) -> Iterator[SampledSection]:
     """Sample the plan's sections in order. All noise comes from one CPU generator seeded with `seed`.
 
-    In swap mode `preserved_gb` of GPU memory are kept free of the transformer's weights.
+    In swap mode `preserved_gb` of GPU memory are kept free of the transformer's weights. `new_cache` makes
+    other step caches than the request's. Raises RequestError where the model cannot have the request's.
     """
+    new_cache = new_cache or step_caches(request, models.direction, models.magnitudes)
     generator = torch.Generator("cpu").manual_seed(seed)
     start = conditioning.start_latent
     _, channels, _, height, width = start.shape
     history = torch.zeros(1, channels, HISTORY_FRAMES, height, width)
+    kept = HISTORY_FRAMES + 2 * plan.window + 1  # the most that a section sees or decodes beside its own
     forward = plan.direction == "f1"
     if forward:
         history = torch.cat([history, start], dim=2)
@@ -60,17 +66,21 @@ def sample_sections(
             timer.section_span("sample"),
             models.on_device("transformer", preserved_gb=preserved_gb),
         ):
-            latents = _sample(models, noise, packed, conditioning, request, section, timer, on_step).cpu()
+            latents = _sample(
+                models, noise, packed, conditioning, request, section, timer, on_step, new_cache
+            ).cpu()
 
         new = torch.cat([start, latents], dim=2) if section.adds_start else latents
         if forward:
             history = torch.cat([history, new], dim=2)
             real = history[:, :, HISTORY_FRAMES:]
             to_decode = real if section.decode_frames is None else real[:, :, -section.decode_frames :]
+            history = history[:, :, -kept:]
         else:
             history = torch.cat([new, history], dim=2)
             real = history[:, :, :-HISTORY_FRAMES]
             to_decode = real[:, :, : section.decode_frames]
+            history = history[:, :, :kept]
         yield SampledSection(section, latents, to_decode)
 
 
@@ -108,46 +118,73 @@ def _sample(
     section: Section,
     timer: JobTimer,
     on_step: OnStep,
+    new_cache: NewCache,
 ) -> torch.Tensor:
     device, dtype = models.device, models.transformer_dtype
-    _, _, frames, height, width = noise.shape
-    p = models.transformer.config.patch_size
-    mu = flow_shift_mu(frames * (height // p) * (width // p))
-    sigmas = shifted_sigmas(request.steps, mu)
-    guidance = torch.tensor([request.gs * TIMESTEPS], device=device).to(dtype)
+    sigmas = shifted_sigmas(request.steps, schedule_mu(models, request, noise.shape))
 
     guided = request.cfg != 1
-    positive_cache = TeaCache(request.steps) if request.use_teacache else None
-    negative_cache = TeaCache(request.steps) if request.use_teacache and guided else None
-
-    def velocity(x: torch.Tensor, sigma: float, prompt: PromptEmbeds, cache: TeaCache | None) -> torch.Tensor:
-        return models.transformer(
-            hidden_states=x,
-            timestep=torch.tensor([sigma * TIMESTEPS], device=device).to(dtype),
-            guidance=guidance,
-            encoder_hidden_states=prompt.encoder_hidden_states,
-            encoder_attention_mask=prompt.encoder_attention_mask,
-            pooled_projections=prompt.pooled_projections,
-            image_embeds=conditioning.image_embeds,
-            history=packed,
-            cache=cache,
-        ).float()
+    transformer = models.transformer
+    history = transformer.prepare_history(packed)
+    positive = _prepare(models, conditioning.positive, conditioning, request.gs)
+    negative = _prepare(models, conditioning.negative, conditioning, request.gs) if guided else None
+    levels = sigmas[:-1].tolist()
+    positive_cache, negative_cache = new_cache(levels), new_cache(levels)
 
     def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
         x = x.to(dtype)  # the official wrapper rounds x first and takes x0 from the rounded x
-        v = velocity(x, sigma, conditioning.positive, positive_cache)
+        timestep = _scaled(sigma, models)
+        v = transformer.velocity(x, timestep, history, positive, positive_cache).float()
         if guided:
-            negative = velocity(x, sigma, conditioning.negative, negative_cache)
-            v = guided_velocity(v, negative, request.cfg, request.rs)
+            v_negative = transformer.velocity(x, timestep, history, negative, negative_cache).float()
+            v = guided_velocity(v, v_negative, request.cfg, request.rs)
         return x.float() - sigma * v
 
     def after_step(i: int, x0: torch.Tensor) -> None:
         timer.step_done()
         on_step(section, i + 1, x0)
 
-    latents = sample_unipc(denoise, noise.to(device), sigmas, after_step)
+    latents = SAMPLERS[request.sampler](denoise, noise.to(device), sigmas, after_step)
     timer.sections[-1] |= {
         "steps": request.steps,
-        "steps_computed": positive_cache.computed if positive_cache else request.steps,
+        "steps_computed": steps_computed(request.steps, positive_cache, negative_cache),
     }
     return latents
+
+
+def schedule_mu(models: Models, request: VideoRequest, shape: Sequence[int]) -> float:
+    """mu of the noise schedule for a section's latents of `shape`: the log of the request's shift, or from
+    the sequence length."""
+    if request.shift:
+        return math.log(request.shift)
+    *_, frames, height, width = shape
+    p = models.transformer.config.patch_size
+    return flow_shift_mu(frames * (height // p) * (width // p))
+
+
+def steps_computed(steps: int, *caches: StepCache | None) -> int:
+    """In how many steps a guidance pass ran the model's blocks. A pass that was not run has computed none."""
+    if None in caches:
+        return steps
+    return len({step for cache in caches for step in cache.computed})
+
+
+def _prepare(
+    models: Models, prompt: PromptEmbeds, conditioning: Conditioning, guidance_scale: float
+) -> PreparedCondition:
+    """What one guidance pass is conditioned on, once for all steps."""
+    return models.transformer.prepare_condition(
+        prompt.encoder_hidden_states,
+        prompt.encoder_attention_mask,
+        prompt.pooled_projections,
+        conditioning.image_embeds,
+        _scaled(guidance_scale, models),
+    )
+
+
+def _scaled(value: float, models: Models) -> torch.Tensor:
+    """A sigma or guidance scale as the model takes it, (1,) in its dtype.
+
+    Filled on the device: a copy from the host would wait until the GPU has nothing left to do.
+    """
+    return torch.full((1,), value * TIMESTEPS, device=models.device).to(models.transformer_dtype)

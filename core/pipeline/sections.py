@@ -33,6 +33,7 @@ class SectionPlan:
     direction: Direction
     window: int
     sections: tuple[Section, ...]
+    exact_frames: int | None = None  # video frames to keep, from the start; None: all
 
     @property
     def overlap(self) -> int:
@@ -42,7 +43,8 @@ class SectionPlan:
     @property
     def frames(self) -> int:
         """Length of the finished video."""
-        return frames_of(len(self.sections) * self.window + 1)
+        frames = frames_of(len(self.sections) * self.window + 1)
+        return frames if self.exact_frames is None else self.exact_frames
 
 
 def frames_of(latent_frames: int) -> int:
@@ -65,14 +67,20 @@ def paddings(count: int) -> list[int]:
     return list(range(count - 1, -1, -1))
 
 
-def plan_sections(seconds: float, window: int, direction: Direction) -> SectionPlan:
-    """The sections of a video of about `seconds`, in the order they are sampled."""
+def plan_sections(seconds: float, window: int, direction: Direction, exact: bool = False) -> SectionPlan:
+    """The sections of a video of about `seconds`, in the order they are sampled.
+
+    Where `exact`, there are enough for `seconds` and the plan says how many frames of them to keep.
+    """
     count = section_count(seconds, window)
+    exact_frames = round(seconds * FPS) if exact else None
+    if exact_frames is not None and frames_of(count * window + 1) < exact_frames:
+        count += 1  # the count was rounded down, by half a section at most
     if direction == "f1":
         sections = [_forward_section(index, window) for index in range(count)]
     else:
         sections = [_inverted_section(index, pad, window) for index, pad in enumerate(paddings(count))]
-    return SectionPlan(direction, window, tuple(sections))
+    return SectionPlan(direction, window, tuple(sections), exact_frames)
 
 
 def _inverted_section(index: int, padding: int, window: int) -> Section:

@@ -1,0 +1,144 @@
+"""Whole jobs through `handler.handler` at full size with less and less GPU memory.
+
+    python -m benchmarks.memory_limits MODELS [--steps 6] [--swap-gb 24 12] [--out-of-memory]
+
+MODELS is a folder made by `benchmarks.full_size_models` (or one with the real weights in the same layout).
+The digests of the latents and of the video tell whether a job with less memory gave the same bits.
+"""
+
+import argparse
+import asyncio
+import base64
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import core.job
+import handler
+from benchmarks.full_size_models import HEIGHT, PROMPT, WIDTH, profile_of, random_image
+from core.pipeline import Models, generate_video_sync
+from core.pipeline.models import MODULES
+from core.worker import Worker
+from diffusers_helper import memory
+from diffusers_helper.vae import decode_latents
+
+
+def run(title: str, **fields) -> dict:
+    """One job through the handler; prints its timings and digests of its latents and its video."""
+    latents = hashlib.sha256()
+    core.job.generate_video_sync = partial(
+        generate_video_sync, on_section=lambda sampled: latents.update(sampled.latents.numpy().tobytes())
+    )
+    job = {"id": title, "input": {"input_image": random_image(), "prompt": PROMPT} | fields}
+    reply = asyncio.run(handler.handler(job))
+    video = base64.b64decode(reply.pop("video_base64", ""))
+    reply["latents"], reply["video"] = latents.hexdigest()[:8], hashlib.sha256(video).hexdigest()[:8]
+    shown = {
+        k: reply.get(k) for k in ("error", "timings", "worker", "warnings", "frames", "latents", "video")
+    }
+    print(f"== {title}\n{json.dumps(shown, indent=1)}", flush=True)
+    return reply
+
+
+def decode_peaks(models: Models, frames: int) -> None:
+    """Peak GPU memory of a decode above what is allocated before it, untiled and tiled."""
+    latents = torch.randn(
+        1, 16, frames, HEIGHT // 8, WIDTH // 8, device=models.device, dtype=models.vae.dtype
+    )
+    for tiled in (False, True):
+        memory.release_unused_memory(models.device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        started = time.perf_counter()
+        decode_latents(latents, models.vae, models.device, tiled)
+        seconds = time.perf_counter() - started
+        allocated = (torch.cuda.max_memory_allocated() - before) / memory.GB
+        reserved = torch.cuda.max_memory_reserved() / memory.GB - before / memory.GB
+        print(
+            f"decode of {frames} latent frames, tiled={tiled}: {seconds:.2f} s, "
+            f"peak {allocated:.1f} GB allocated, {reserved:.1f} GB reserved",
+            flush=True,
+        )
+
+
+@contextmanager
+def limited(models: Models, gigabytes: float) -> Iterator[None]:
+    """Let this process have only so much GPU memory."""
+    memory.release_unused_memory(models.device)
+    total = torch.cuda.get_device_properties(models.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(gigabytes * memory.GB / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", type=Path)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--swap-gb", type=float, nargs="*", default=[24, 12])
+    parser.add_argument("--out-of-memory", action="store_true", help="a resident job with no room to work in")
+    options = parser.parse_args()
+
+    models = Models(profile_of(options.models), torch.device("cuda", 0), "resident")
+    weights = sum(memory.weight_bytes(getattr(models, name)) for name in MODULES) / memory.GB
+    print(f"loaded in {models.load_seconds:.1f} s, {weights:.1f} GB of weights", flush=True)
+    handler.worker = Worker(lambda: models)
+    exact = {"use_teacache": False, "steps": options.steps, "total_second_length": 1}
+    replies = {}
+
+    def job(title: str, **fields) -> None:
+        replies[title] = run(title, **fields)
+
+    decode_peaks(models, 9)
+    job("resident", **exact)
+    if options.out_of_memory:
+        title = "resident, 1 GB beside the weights, 2 steps"
+        with limited(models, torch.cuda.memory_allocated() / memory.GB + 1):
+            job(title, total_second_length=1, steps=2)
+    models.set_memory_mode("swap")
+    started = time.perf_counter()
+    for module in (models.text_encoder, models.transformer):
+        memory.DynamicSwapInstaller.install_model(module, models.device)
+        memory.DynamicSwapInstaller.uninstall_model(module)
+    print(f"text encoder and transformer pinned in {time.perf_counter() - started:.1f} s", flush=True)
+    job("swap, all memory", **exact)
+    for limit in options.swap_gb:
+        with limited(models, limit):
+            job(f"swap, {limit:g} GB", **exact)
+
+    card, size = torch.cuda.get_device_name(0), f"{WIDTH}×{HEIGHT}"
+    print(f"\n{card}, torch {torch.__version__}, bf16, {size}, window 9, {options.steps} steps")
+    print("| job | text | VAE | CLIP | sample | step | decode | MP4 | total | peak GB | latents | video |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for title, reply in replies.items():
+        if "error" in reply:
+            print(f"| {title} | {reply['error']} |")
+            continue
+        t = reply["timings"]
+        cells = [
+            title,
+            f"{t['text_encode']:.2f}",
+            f"{t['image_encode']['vae']:.2f}",
+            f"{t['image_encode']['clip_vision']:.2f}",
+            " + ".join(f"{s['sample']:.1f}" for s in t["sections"]),
+            f"{1000 * t['step']['median']:.0f} ms",
+            " + ".join(f"{s['decode']:.1f}" for s in t["sections"]),
+            f"{t['mp4_encode']:.2f}",
+            f"{t['total']:.1f} s",
+            f"{reply['worker']['peak_memory_gb']:.1f}",
+            reply["latents"],
+            reply["video"],
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

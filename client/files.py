@@ -1,0 +1,78 @@
+"""The kinds of file a worker makes, and what a whole one of each has."""
+
+import os
+import zipfile
+from typing import Any, BinaryIO
+
+from client.errors import SaveError
+
+SUFFIXES = {
+    "video/mp4": ".mp4",
+    "video/webm": ".webm",
+    "image/gif": ".gif",
+    "application/zip": ".zip",
+}
+FORMATS = {"mp4": ".mp4", "webm": ".webm", "gif": ".gif", "png_sequence": ".zip"}
+
+
+def suffix_of(content_type: Any) -> str:
+    """What the worker calls a video, whatever it says, is an MP4 unless it is known to be something else."""
+    return SUFFIXES.get(content_type, ".mp4") if isinstance(content_type, str) else ".mp4"
+
+
+def check_whole(file: BinaryIO, content_type: Any) -> None:
+    """Raises SaveError unless the file is a whole one of its kind."""
+    checks = {".mp4": _check_mp4, ".webm": _check_webm, ".gif": _check_gif, ".zip": _check_zip}
+    checks[suffix_of(content_type)](file)
+
+
+def _check_webm(file: BinaryIO) -> None:
+    """An EBML header, and a segment that is as long as it says."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(64)
+    segment = head.find(b"\x18\x53\x80\x67")
+    if not head.startswith(b"\x1a\x45\xdf\xa3") or segment < 0:
+        raise SaveError("What came as the video is not a WebM.")
+    length = int.from_bytes(head[segment + 5 : segment + 12])  # after 01: seven bytes
+    if head[segment + 4] != 1 or segment + 12 + length != size:
+        raise SaveError("The video is cut short.")
+
+
+def _check_gif(file: BinaryIO) -> None:
+    file.seek(0)
+    if file.read(4) != b"GIF8":
+        raise SaveError("What came as the video is not a GIF.")
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) != b";":
+        raise SaveError("The video is cut short.")
+
+
+def _check_zip(file: BinaryIO) -> None:
+    file.seek(0)
+    if file.read(2) != b"PK":
+        raise SaveError("What came as the video is not a zip.")
+    if not zipfile.is_zipfile(file):
+        raise SaveError("The video is cut short.")
+
+
+def _check_mp4(file: BinaryIO) -> None:
+    """Raises SaveError unless the file is a row of whole boxes that holds an index and the pictures."""
+    size = file.seek(0, os.SEEK_END)
+    start, kinds = 0, []
+    while start < size:
+        file.seek(start)
+        header = file.read(16)
+        length, kind = int.from_bytes(header[:4]), header[4:8]
+        if length == 1:  # too long for 32 bits
+            length = int.from_bytes(header[8:16])
+        elif length == 0:  # up to the end
+            length = size - start
+        if not kinds and kind != b"ftyp":
+            break
+        kinds.append(kind)
+        start += max(length, 8)
+    if not kinds:
+        raise SaveError("What came as the video is not an MP4.")
+    if start != size or not {b"moov", b"mdat"} <= {*kinds}:
+        raise SaveError("The video is cut short.")

@@ -1,0 +1,159 @@
+"""The benchmark beside the official code, on the tiny models and a stand-in for its checkout."""
+
+import os
+import re
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import full_size, full_size_models, official
+from benchmarks.cold_load import cold_load
+from benchmarks.floors import Rates, disk_rate, evict, flop_of
+from benchmarks.full_size import Row, decoded_frames, main, table
+from benchmarks.official import OfficialDemo, twins
+from diffusers_helper.vae import FramewiseMidBlock
+from tests.fake_official import write_fake_official
+from tests.tiny import TINY_MODELS
+
+FIELDS = {
+    "prompt": "A cat.",
+    "seed": 1,
+    "total_second_length": 1,
+    "latent_window_size": 4,
+    "steps": 2,
+    "use_teacache": False,
+    "mp4_crf": 40,
+}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return write_fake_official(tmp_path / "official")
+
+
+@pytest.fixture
+def demo(checkout, tiny_models, tmp_path):
+    return OfficialDemo(checkout, twins(tiny_models), tmp_path)
+
+
+@pytest.fixture
+def small_frames(monkeypatch, quick_decode):
+    """224×256 in place of 608×640, and no VAE decode."""
+    from core.pipeline import decoding
+
+    for module in (full_size, full_size_models):
+        monkeypatch.setattr(module, "HEIGHT", 256)
+        monkeypatch.setattr(module, "WIDTH", 224)
+    small = replace(full_size_models.profile_of(TINY_MODELS), resolution=256)
+    monkeypatch.setattr(full_size, "profile_of", lambda folder: small)
+    monkeypatch.setattr(full_size, "decode_latents", decoding.decode_latents)
+
+
+class TestOfficial:
+    def test_a_job_is_timed_by_stage(self, demo, picture):
+        job = demo.run(picture, FIELDS)
+        assert len(job.sample) == len(job.decode) == 2
+        assert job.computed == 4
+        stages = [job.encode, *job.sample, *job.decode, job.mp4]
+        assert min(stages) > 0
+        assert sum(stages) < job.total
+        assert job.peak_gb is None
+
+    def test_a_failed_job_says_what_it_printed(self, demo, picture):
+        with pytest.raises(RuntimeError, match="This seed is refused"):
+            demo.run(picture, FIELDS | {"seed": 666})
+
+    def test_a_second_job_counts_for_itself(self, demo, picture):
+        demo.run(picture, FIELDS)
+        assert demo.run(picture, FIELDS | {"steps": 1}).computed == 2
+
+    def test_nothing_of_it_stays_in_the_way(self, demo):
+        import transformers
+
+        import diffusers_helper.memory
+
+        assert "gradio" not in sys.modules
+        assert "official" not in diffusers_helper.memory.__file__
+        assert transformers.LlamaModel.__module__.startswith("transformers")
+        assert os.environ.get("HF_HOME") != "elsewhere"
+        assert torch.float16 is not torch.float32
+
+    def test_it_says_how_it_attends(self, demo, monkeypatch):
+        assert demo.attention == "torch's SDPA"
+        found = type(demo.transformer).forward.__globals__
+        monkeypatch.setitem(found, "flash_attn_func", print)
+        assert official._attention_of(demo.transformer) == "flash-attn"
+
+    def test_the_weights_are_shared_and_the_vae_is_the_librarys(self, demo, tiny_models):
+        theirs, ours = demo._demo.vae, tiny_models.vae
+        assert theirs.decoder.conv_in.conv.weight.data_ptr() == ours.decoder.conv_in.conv.weight.data_ptr()
+        assert not isinstance(theirs.decoder.mid_block, FramewiseMidBlock)
+        assert isinstance(ours.decoder.mid_block, FramewiseMidBlock)
+
+
+def test_a_table_of_both_with_floors(checkout, small_frames, capsys):
+    arguments = "--rows step job teacache --seconds 1 --window 4 --steps 2 --rounds 1"
+    main([str(TINY_MODELS), "--official", str(checkout), *arguments.split()])
+    printed = capsys.readouterr().out
+    difference = re.search(r"relative difference of the model's outputs: (\S+)", printed)
+    assert float(difference[1]) < 1e-5  # the stand-in's model is the library's, on our weights
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in re.findall(r"^\|.*", printed, re.M)]
+    rows = {re.sub(r"\d+ and 4 evaluations", "", row[0]): row[1:] for row in cells[2:]}
+    assert [*rows] == [
+        "the model, one evaluation",
+        "encode: text, VAE, CLIP vision",
+        "step",
+        "section of 2 steps, window 4",
+        "decode, 4 latent frames",
+        "decode, 9 latent frames",
+        "MP4, the whole video",
+        "job of 1 s ()",
+        "job of 1 s, TeaCache ()",
+    ]
+    for floor, ours, theirs, ratio, above in rows.values():
+        ours, theirs = float(ours.split()[0]), float(theirs.split()[0])
+        assert float(floor.split()[0]) >= 0
+        assert float(above) > 0
+        if min(ours, theirs) > 0.1:  # shown to the millisecond
+            assert float(ratio) == pytest.approx(ours / theirs, rel=0.02)
+
+
+def test_without_a_checkout_there_is_only_ours(small_frames, capsys):
+    main([str(TINY_MODELS), "--rows", "step", "--window", "2", "--rounds", "1"])
+    (row,) = re.findall(r"^\| the model.*", capsys.readouterr().out, re.MULTILINE)
+    assert [cell.strip() for cell in row.strip("|").split("|")][3:5] == ["—", "—"]
+
+
+def test_both_load_from_the_disk(checkout):
+    assert cold_load(TINY_MODELS, None) > 0
+    assert cold_load(TINY_MODELS, checkout) > 0
+
+
+def test_decodes_are_the_plans():
+    assert decoded_frames({"total_second_length": 5, "latent_window_size": 9}) == [9, 18, 18, 19]
+    assert decoded_frames({"total_second_length": 1, "latent_window_size": 9}) == [10]
+
+
+class TestFloors:
+    def test_the_slower_of_computing_and_moving(self):
+        rates = Rates(flops=1e12, bandwidth=1e9)
+        assert rates.floor(2e12, 1e9) == 2
+        assert rates.floor(1e12, 3e9) == 3
+
+    def test_flop_are_counted(self):
+        a, b = torch.zeros(8, 16), torch.zeros(16, 32)
+        assert flop_of(lambda: a @ b) == 2 * 8 * 16 * 32
+
+    def test_files_are_read_as_they_are(self, tmp_path):
+        path = tmp_path / "weights"
+        path.write_bytes(np.random.default_rng(0).bytes(10**6))
+        assert evict([path]) == 10**6
+        assert disk_rate(path) > 0
+
+    def test_a_row_without_the_official_code_has_no_ratio(self):
+        shown = table([Row("a", 2.0, None, 1.0), Row("b", 2.0, 4.0, None, "GB")])
+        assert "| a | 1.000 s | 2.000 s | — | — | 2.00 |" in shown
+        assert "| b | — | 2.000 GB | 4.000 GB | 0.500 | — |" in shown
