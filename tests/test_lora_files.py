@@ -273,12 +273,18 @@ class TestUrl:
         locate(settings, url=GOOD)
 
     def test_a_cancel_leaves_nothing(self, settings, site):
+        def half(connection):
+            connection.sendall(answer(bytes(100), Content_Length=1000))
+            connection.recv(1)  # until the worker hangs up
+
+        site.pages["/half"] = half
+
         def check():
             if site.requests:
                 raise CancelledError("The job was cancelled.")
 
         with pytest.raises(CancelledError):
-            locate(settings, check=check, url=GOOD)
+            locate(settings, check=check, url="https://cdn.images.test/half")
         assert self.cached(settings) == []
 
     def test_a_full_disk_is_the_workers_fault(self, settings, site, monkeypatch):
