@@ -26,7 +26,7 @@ from tqdm import tqdm
 from core import logs
 from core.delivery import inlined
 from core.errors import WorkerError
-from core.file_format import suffix_of
+from core.file_format import LATENTS, suffix_of
 from core.fitness import run_checks
 from core.progress import Progress
 from core.request import input_of
@@ -46,25 +46,31 @@ async def local_handler(job: dict) -> dict:
     """`handler` for a person at a terminal: a progress bar, and the video in a file instead of base64."""
     with LocalProgress() as progress:
         reply = await _run(job, progress)
+    name = Path(str(job["id"])).name
     if "error" in reply:
-        return reply
-    name, suffix = Path(str(job["id"])).name, suffix_of(reply["content_type"])
+        return _in_files(reply, name, "")
+    suffix = suffix_of(reply["content_type"])
     if "outputs" not in reply:
-        return _in_a_file(reply, f"{name}{suffix}")
+        return _in_files(reply, name, suffix)
     outputs = [
-        _in_a_file(output, f"{name}-{number}{suffix}") for number, output in enumerate(reply["outputs"], 1)
+        _in_files(output, f"{name}-{number}", suffix) for number, output in enumerate(reply["outputs"], 1)
     ]
     return reply | {"outputs": outputs}
 
 
-def _in_a_file(reply: dict, name: str) -> dict:
-    """The reply, or one output of it, with the file's path in place of its base64."""
-    path = Settings.from_env().output_dir / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(base64.b64decode(reply["video_base64"]))
-    print(f"Video: {path}")
-    rest = {key: value for key, value in reply.items() if key != "video_base64"}
-    return {"video_path": str(path)} | rest
+def _in_files(reply: dict, name: str, suffix: str) -> dict:
+    """The reply, or one output of it, with files' paths in place of their base64."""
+    paths = {}
+    for what, ending in (("video", suffix), ("latents", LATENTS.suffix)):
+        if f"{what}_base64" in reply:
+            path = Settings.from_env().output_dir / f"{name}{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(base64.b64decode(reply[f"{what}_base64"]))
+            paths[f"{what}_path"] = str(path)
+            print(f"{what.capitalize()}: {path}")
+    return paths | {
+        key: value for key, value in reply.items() if key not in ("video_base64", "latents_base64")
+    }
 
 
 async def _run(job: dict, progress: "RunPodProgress | LocalProgress") -> dict:

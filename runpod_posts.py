@@ -167,14 +167,17 @@ async def _post(session: aiohttp.ClientSession, body: dict, job_id: str) -> None
 def _without_video(job_data: dict, job_id: str, problem: str) -> dict:
     """The same result with the inlined video elsewhere, or an error that says where it was kept."""
     output = dict(job_data.get("output") or {})
+    several = [dict(entry) for entry in output.pop("outputs", [])]
+    if any([entry.pop("latents_base64", None) is not None for entry in (output, *several)]):
+        output["warnings"] = [*output.get("warnings", []), "The latents did not fit the reply."]
     details: dict = {}
     try:
         if "video_base64" in output:
             return job_data | {"output": _elsewhere(output, job_id, output.get("content_type"))}
-        if any("video_base64" in entry for entry in output.get("outputs", [])):
+        if any("video_base64" in entry for entry in several):
             stored = [
                 _elsewhere(entry, f"{job_id}-{number}", output.get("content_type"))
-                for number, entry in enumerate(output["outputs"], 1)
+                for number, entry in enumerate(several, 1)
             ]
             return job_data | {"output": output | {"outputs": stored}}
     except WorkerError as error:

@@ -18,8 +18,9 @@ from pathlib import Path
 from core.deadline import Deadline
 from core.errors import ResultTooLargeError, TimeLimitError, UploadError, UrlRefusedError, WorkerError
 from core.fetch import guard_client
-from core.file_format import FORMATS, content_type_of
+from core.file_format import FORMATS, LATENTS, content_type_of
 from core.guard import check_url
+from core.latent_store import keep_latents
 from core.request import VideoRequest
 from core.settings import Settings
 
@@ -127,6 +128,35 @@ class Delivery:
             f"{smaller}."
         ).with_details(**kept)
 
+    def latents(
+        self, path: Path, job_id: str, request: VideoRequest, room: float, check_cancelled: CheckCancelled
+    ) -> dict:
+        """The reply's fields for the latents at `path`: `latents_url`, `latents_handle` or `latents_base64`.
+
+        Object storage first, then the volume, and inline only where there is neither and at most `room`
+        bytes; `output` base64 inlines first and never uploads. Where none of them takes it, a
+        `latents_warning` says so: a finished video is not lost over them. Raises CancelledError.
+        """
+        fits = path.stat().st_size <= room
+        bucket = Bucket.of(self.settings, request)
+        if request.output == "base64":
+            if fits:
+                return _inlined_latents(path)
+        elif bucket is not None:
+            try:
+                uploaded = self._uploaded(path, job_id, bucket, check_cancelled)
+                return {"latents_url": uploaded["video_url"], "latents_expires_at": uploaded["expires_at"]}
+            except UploadError as error:
+                log.warning("%s", error)
+        if handle := keep_latents(path, _file_name(job_id, ""), self.settings):
+            return {"latents_handle": handle}
+        if fits and request.output != "url":
+            return _inlined_latents(path)
+        return {
+            "latents_warning": f"The latents ({path.stat().st_size / MB:.1f} MB) could not be returned: no "
+            "object storage took them, no network volume has room, and they do not fit the reply."
+        }
+
     def rescued(self, video: bytes, job_id: str, suffix: str = ".mp4") -> dict:
         """As above, for a video whose inline reply the platform refused: by URL, else on the volume.
 
@@ -165,8 +195,9 @@ class Delivery:
             upload.stop()
         if upload.error is not None:
             log.debug("upload failed", exc_info=upload.error)
+            what = "latents" if path.suffix == LATENTS.suffix else "video"
             raise UploadError(
-                f"The video could not be uploaded to the bucket {bucket.name} ({_reason(upload.error)})."
+                f"The {what} could not be uploaded to the bucket {bucket.name} ({_reason(upload.error)})."
             ) from upload.error
         expires = datetime.now(UTC) + timedelta(seconds=self.settings.url_expires_s)
         return {"video_url": upload.url, "expires_at": expires.isoformat(timespec="seconds")}
@@ -192,8 +223,18 @@ def inlined(path: Path, *_: object) -> dict:
     return {"video_base64": base64.b64encode(path.read_bytes()).decode("ascii")}
 
 
+def inlined_bytes(fields: dict) -> int:
+    """How many bytes a reply's fields hold, before base64."""
+    texts = [value for name, value in fields.items() if name.endswith("_base64")]
+    return sum(len(text) * 3 // 4 - text[-2:].count("=") for text in texts)
+
+
+def _inlined_latents(path: Path) -> dict:
+    return {"latents_base64": base64.b64encode(path.read_bytes()).decode("ascii")}
+
+
 def _inert(request: VideoRequest) -> dict:
-    if request.s3_config is None:
+    if request.s3_config is None or (request.return_latents and request.output != "base64"):
         return {}
     return {"delivery_warning": "`s3_config` had no effect: the video is inlined (`output` url uploads it)."}
 

@@ -1,8 +1,8 @@
 """A request's parameters inside the file that was made from them, and out of it again.
 
 MP4 and WebM have them as the tag `comment`, a GIF as a comment, a zip of PNGs as `parameters.json`: one JSON
-object with `parameters`, `profile` and `input_image_sha256`. The image is named by the SHA-256 of its file;
-neither it nor a bucket's credentials are in it. Needs no torch.
+object with `parameters`, `profile` and `images`, which names each image by its field and the SHA-256 of its
+file. Neither they nor a bucket's credentials are in it. Needs no torch.
 """
 
 import json
@@ -26,12 +26,12 @@ class NoParametersError(Exception):
     """A file that holds no parameters of ours; one sentence."""
 
 
-def embedded(parameters: dict, profile: str, image_sha256: str) -> str:
-    """The text to embed; `parameters` are the reply's, without secrets."""
+def embedded(parameters: dict, profile: str, images: dict[str, str]) -> str:
+    """The text to embed; `parameters` are the reply's, without secrets; `images` are digests by field."""
     found = {
         MARK: 1,
         "profile": profile,
-        "input_image_sha256": image_sha256,
+        "images": images,
         "parameters": parameters,
     }
     return json.dumps(found, ensure_ascii=False, allow_nan=False)
@@ -70,7 +70,8 @@ def read_embedded(path: Path) -> dict[str, Any]:
         isinstance(found, dict)
         and found.get(MARK) == 1
         and isinstance(found.get("parameters"), dict)
-        and isinstance(found.get("input_image_sha256"), str)
+        and isinstance(found.get("images"), dict)
+        and all(isinstance(digest, str) for digest in found["images"].values())
     ):
         raise NoParametersError(f"{path} holds no parameters of this worker's.")
     return found

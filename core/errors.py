@@ -4,6 +4,10 @@ WorkerError                        internal_error
 ├── RequestError                   invalid_request
 │   ├── ImageError                 invalid_image
 │   │   └── ImageTooLargeError     image_too_large
+│   ├── LatentsError               invalid_latents
+│   │   ├── LatentsMismatchError   latents_mismatch
+│   │   └── LatentsNotFoundError   latents_not_found
+│   ├── TooLargeForMemoryError     too_large_for_memory
 │   ├── LoraError                  invalid_lora
 │   │   └── LoraNotApplicableError lora_not_applicable
 │   ├── UrlRefusedError            url_refused
@@ -52,6 +56,28 @@ class ImageError(RequestError):
 
 class ImageTooLargeError(ImageError):
     code = "image_too_large"
+
+
+class LatentsError(RequestError):
+    """`resume_latents` is not what a worker of this version wrote."""
+
+    code = "invalid_latents"
+
+
+class LatentsMismatchError(LatentsError):
+    """The latents are sound, but of another job than the one asked for."""
+
+    code = "latents_mismatch"
+
+
+class LatentsNotFoundError(LatentsError):
+    code = "latents_not_found"
+
+
+class TooLargeForMemoryError(RequestError):
+    """A frame, section or length that this worker's memory cannot hold in any mode."""
+
+    code = "too_large_for_memory"
 
 
 class LoraError(RequestError):

@@ -23,6 +23,9 @@ FORMATS = {
 }
 
 
+LATENTS = FileFormat(".safetensors", "application/octet-stream")  # what `return_latents` returns
+
+
 def codec_of(format: str, codec: str | None) -> str | None:
     """The codec asked for, else the format's default; None for a format of pictures."""
     return codec or next(iter(FORMATS[format].codecs), None)
@@ -30,7 +33,7 @@ def codec_of(format: str, codec: str | None) -> str | None:
 
 def content_type_of(path: Path) -> str:
     """By the file's suffix, which every file of ours has from its format."""
-    return next(kind.content_type for kind in FORMATS.values() if kind.suffix == path.suffix)
+    return next(kind.content_type for kind in [*FORMATS.values(), LATENTS] if kind.suffix == path.suffix)
 
 
 def suffix_of(content_type: object) -> str:

@@ -30,60 +30,64 @@ def _no_urls(url: str, max_bytes: int) -> bytes:
 
 
 def decode_image(
-    text: str, fetch: Fetch = _no_urls, on_file: Callable[[bytes], None] = lambda data: None
+    text: str,
+    fetch: Fetch = _no_urls,
+    on_file: Callable[[bytes], None] = lambda data: None,
+    what: str = "input image",
 ) -> np.ndarray:
-    """Decode the request's image: first frame, upright by EXIF, transparency on white.
+    """Decode one of the request's images: first frame, upright by EXIF, transparency on white.
 
     `on_file` is shown the image's file. Raises ImageError or ImageTooLargeError with the sentence for the
-    caller, or what `fetch` raises.
+    caller, which speaks of `what`, or what `fetch` raises.
     """
-    data = fetch(text.strip(), MAX_BYTES) if _URL.match(text[:64]) else _decode_base64(text)
+    is_url = _URL.match(text[:64])
+    data = fetch(text.strip(), MAX_BYTES) if is_url else _decode_base64(text, what)
     on_file(data)
-    return _to_rgb(data)
+    return _to_rgb(data, what)
 
 
-def _decode_base64(text: str) -> bytes:
+def _decode_base64(text: str, what: str) -> bytes:
     text = text.lstrip()
     if match := _DATA_URI.match(text[:256]):
         if ";base64" not in match[0].lower():
-            raise ImageError("The input image's data URI must be base64.")
+            raise ImageError(f"The {what}'s data URI must be base64.")
         text = text[match.end() :]
     text = "".join(text.split()).rstrip("=")
     if len(text) * 3 // 4 > MAX_BYTES:  # just what it decodes to
-        raise ImageTooLargeError(f"The input image has over {MAX_BYTES // 1_000_000} MB.")
+        raise ImageTooLargeError(f"The {what} has over {MAX_BYTES // 1_000_000} MB.")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
-        raise ImageError("The input image is not valid base64.") from None
+        raise ImageError(f"The {what} is not valid base64.") from None
 
 
-def _to_rgb(data: bytes) -> np.ndarray:
+def _to_rgb(data: bytes, what: str) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL has a line for each wrong EXIF tag, 65,000 in one file
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return _checked(data)
+        return _checked(data, what)
 
 
-def _checked(data: bytes) -> np.ndarray:
+def _checked(data: bytes, what: str) -> np.ndarray:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageTooLargeError(_too_many_pixels()) from None
+        raise ImageTooLargeError(_too_many_pixels(what)) from None
     except Exception:
-        raise ImageError(f"The input image is not a PNG, JPEG or WebP{_guess(data)}.") from None
+        raise ImageError(f"The {what} is not a PNG, JPEG or WebP{_guess(data)}.") from None
 
     width, height = image.size
     if width < 1 or height < 1:
-        raise ImageError(f"The input image is empty ({width}×{height} pixels).")
+        raise ImageError(f"The {what} is empty ({width}×{height} pixels).")
     if width * height > MAX_PIXELS:
-        raise ImageTooLargeError(_too_many_pixels(width, height))
+        raise ImageTooLargeError(_too_many_pixels(what, width, height))
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"The input image is too elongated ({width}×{height}): at most {MAX_ASPECT}:1.")
+        raise ImageError(f"The {what} is too elongated ({width}×{height}): at most {MAX_ASPECT}:1.")
     try:
         image.load()
         return np.asarray(_flatten(_upright(image)))
     except Exception:
-        raise ImageError("The input image is damaged or cut short.") from None
+        raise ImageError(f"The {what} is damaged or cut short.") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -109,9 +113,9 @@ def _flatten(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _too_many_pixels(width: int = 0, height: int = 0) -> str:
+def _too_many_pixels(what: str, width: int = 0, height: int = 0) -> str:
     size = f" ({width}×{height})" if width else ""
-    return f"The input image has over {MAX_PIXELS // 1_000_000} megapixels{size}."
+    return f"The {what} has over {MAX_PIXELS // 1_000_000} megapixels{size}."
 
 
 def _guess(data: bytes) -> str:

@@ -17,20 +17,24 @@ import numpy as np
 import torch
 
 from core.deadline import Deadline
-from core.delivery import Deliver, inlined
+from core.delivery import Deliver, inlined, inlined_bytes
 from core.embedding import embedded
-from core.errors import OutOfMemoryError
+from core.errors import OutOfMemoryError, RequestError
 from core.fetch import fetch_url
 from core.ffmpeg import check_encoder
 from core.file_format import FORMATS, codec_of, inert_fields
+from core.frame import check_direction, inert_frame_fields
 from core.images import Fetch, decode_image
+from core.latents import check_transformer
 from core.lora_files import shown_name
 from core.outputs import Failure, Made, Turn, all_warnings, make_outputs
 from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
 from core.pipeline.caching import cache_threshold, step_caches
+from core.pipeline.checkpoint import Checkpoint
 from core.pipeline.loras import ChosenLora, fit_loras, load_loras, lora_warnings
 from core.progress import Progress
 from core.request import MAX_SEED, SECRETS, VideoRequest, parse_request
+from core.resume import Handover, open_saved
 from core.settings import Settings
 from core.timing import JobTimer
 from diffusers_helper import memory
@@ -60,15 +64,16 @@ def run_job(
     timer = JobTimer(wait=_gpu_wait(models.device), on_stage=_log_stage)
     request = parse_request(data)
     check_encoder(codec_of(request.format, request.codec), request.format)
+    direction = request.model or models.profile.direction
+    check_direction(request, direction)
     deadline = Deadline(min(request.timeout_s or math.inf, settings.job_timeout_s))
     report(Progress())
-    image_file = hashlib.sha256()
+    fetch = _fetcher(settings, deadline, check_cancelled)
+    saved = None
     with timer.span("input"):
-        image = decode_image(
-            request.input_image,
-            fetch=_fetcher(settings, deadline, check_cancelled),
-            on_file=image_file.update,
-        )
+        images, sums = _images(request, fetch)
+        if request.resume_latents:
+            saved = open_saved(request, images.get("input_image"), models, settings, fetch)
 
     def check() -> None:
         check_cancelled()
@@ -76,12 +81,15 @@ def run_job(
 
     with timer.span("loras"):
         loras = load_loras(request.loras, settings, models.lora_cache, deadline, check)
-    seed = random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
+    seed = saved.seed if saved else _seed(request)
     with timer.span("model_load"):
-        models.use_direction(request.model or models.profile.direction)
+        models.use_direction(direction)
     # these refuse what the model cannot have
     step_caches(request, models.direction, models.magnitudes)
     _, told = fit_loras(models.transformer, loras)
+    if saved:
+        models.use_loras(loras, check)  # as when the latents were made
+        check_transformer(saved, models)
     if models.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(models.device)
 
@@ -89,8 +97,9 @@ def run_job(
         models,
         settings,
         request,
-        image,
-        image_file.hexdigest(),
+        images | ({"input_image": saved.checkpoint.image} if saved else {}),
+        sums,
+        saved.checkpoint if saved else None,
         loras,
         job_id,
         deadline,
@@ -108,8 +117,9 @@ class _Job:
     models: Models
     settings: Settings
     request: VideoRequest
-    image: np.ndarray
-    image_sha256: str
+    images: dict[str, np.ndarray]  # by field
+    sums: dict[str, str]  # SHA-256 of their files, as far as there are any
+    resumed: Checkpoint | None
     loras: tuple[ChosenLora, ...]
     job_id: str
     deadline: Deadline
@@ -121,9 +131,18 @@ class _Job:
         self.check_cancelled()
         self.deadline.check()
 
+    @property
+    def reproducible(self) -> bool:
+        """Whether the parameters and the images' files make the video again."""
+        begins = self.request.start is not None or "input_image" in self.sums
+        return begins and all(lora.url is None for lora in self.request.loras)
+
     def make(self, turn: Turn) -> Made:
         """One video, generated and delivered; its file is gone when this returns."""
-        with ExitStack() as cleanup:
+        handover = Handover(
+            self.request, turn.seed, self.models, self.settings, turn.name(self.job_id), self.check_cancelled
+        )
+        with ExitStack() as cleanup, handover.even_on_errors():
 
             def temporary_file(parent: Path | None = None) -> Path:
                 folder = tempfile.TemporaryDirectory(prefix="framepack-", dir=parent)
@@ -133,16 +152,17 @@ class _Job:
 
             def embed(decided: dict) -> str:
                 alone = _parameters(self.request, turn.seed, self.models) | {"num_outputs": 1} | decided
-                return embedded(alone, self.models.profile.name, self.image_sha256)
+                return embedded(alone, self.models.profile.name, self.sums)
 
             def generate(frugal: bool = False) -> GeneratedVideo:
                 with turn.timer.span("loras"):
                     self.models.use_loras(self.loras, self.check)
                 return generate_video_sync(
                     self.models,
-                    self.image,
+                    self.images.get("input_image"),
                     self.request,
                     output_filename,
+                    end_image=self.images.get("end_image"),
                     seed=turn.seed,
                     timer=turn.timer,
                     report=turn.report,
@@ -152,7 +172,9 @@ class _Job:
                     # elsewhere than where the encoding failed: on the volume, if there is one
                     spare_filename=lambda: temporary_file(self.settings.volume),
                     shared=turn.shared,
-                    embed=embed if self.request.embed_parameters else None,
+                    embed=embed if self.request.embed_parameters and self.reproducible else None,
+                    recorder=handover.recorder if self.request.return_latents else None,
+                    resumed=self.resumed,
                 )
 
             try:
@@ -170,23 +192,23 @@ class _Job:
                     self.check_cancelled,
                     turn.taken + len(poster),
                 )
-            inline_bytes = len(poster)
-            if "video_base64" in delivered:
-                inline_bytes += video.path.stat().st_size
+                if poster:
+                    delivered["poster_base64"] = base64.b64encode(poster).decode("ascii")
+                delivered |= handover.deliver(turn.taken + inlined_bytes(delivered))
         warnings = _warnings(self.request, video, self.models, self.settings, retried)
         warnings += _inert_choices(self.request, turn.timer)
-        if note := delivered.pop("delivery_warning", None):
-            warnings.append(note)
-        if poster:
-            delivered["poster_base64"] = base64.b64encode(poster).decode("ascii")
+        warnings += [
+            note for key in ("delivery_warning", "latents_warning") if (note := delivered.pop(key, None))
+        ]
         reply = delivered | {
             "seed": turn.seed,
             "frames": video.frames,
             "duration_s": round(video.frames / self.request.fps, 3),
             "sections": video.sections,
             "partial": video.sections < len(video.plan.sections),
+            **({"resumed_sections": self.resumed.count} if self.resumed else {}),
         }
-        return Made(video, reply, inline_bytes, warnings, retried, turn.timer)
+        return Made(video, reply, inlined_bytes(delivered), warnings, retried, turn.timer)
 
 
 def _reply(
@@ -246,6 +268,10 @@ def _with_memory_retry(
     )
 
 
+def _seed(request: VideoRequest) -> int:
+    return random.SystemRandom().randint(0, MAX_SEED) if request.seed in (None, -1) else request.seed
+
+
 def _parameters(request: VideoRequest, seed: int, models: Models) -> dict:
     used = request.model_dump(exclude=set(SECRETS))
     return used | {
@@ -253,7 +279,7 @@ def _parameters(request: VideoRequest, seed: int, models: Models) -> dict:
         "seed": seed,
         "codec": codec_of(request.format, request.codec),
         "model": models.direction,
-        "resolution": request.resolution or models.profile.resolution,
+        "resolution": None if request.width else request.resolution or models.profile.resolution,
         "cache": request.cache_kind,
         "cache_threshold": cache_threshold(request),
     }
@@ -272,7 +298,7 @@ def _warnings(
     if request.partial and request.timeout_s is None and settings.job_timeout_s == math.inf:
         warnings.append("`partial` had no effect: the job has no time limit (`timeout_s`).")
     given = request.model_fields_set
-    warnings += inert_fields(request.format, given)
+    warnings += inert_frame_fields(request) + inert_fields(request.format, given)
     if request.exact_length and video.sections < planned:
         warnings.append("`exact_length` had no effect: the video is partial, and not as long as asked.")
     if request.cfg == 1:
@@ -291,6 +317,24 @@ def _warnings(
     elif video.tiled_decode:
         warnings.append("The video was decoded in tiles to fit the GPU's memory; seams are blended.")
     return warnings
+
+
+def _images(request: VideoRequest, fetch: Fetch) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The request's images by field, (H, W, 3) uint8 each, and the SHA-256 of their files."""
+
+    def fetch_end(url: str, max_bytes: int) -> bytes:
+        try:
+            return fetch(url, max_bytes)
+        except RequestError as error:  # of two URLs, this one
+            raise type(error)(f"`end_image`: {error}") from error
+
+    images, sums = {}, {}
+    for name, get in (("input_image", fetch), ("end_image", fetch_end)):
+        if (text := getattr(request, name)) is not None:
+            file = hashlib.sha256()
+            images[name] = decode_image(text, get, file.update, name.replace("_", " "))
+            sums[name] = file.hexdigest()
+    return images, sums
 
 
 def _inert_choices(request: VideoRequest, timer: JobTimer) -> list[str]:

@@ -56,16 +56,19 @@ class Progress:
 class Pace:
     """Seconds left, from the time that the steps so far have taken, decoding between sections included."""
 
-    def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic, given: int = 0) -> None:
+        """`given` of the `steps` were done by an earlier job."""
         self._steps = steps
+        self._given = given
         self._clock = clock
         self._started: float | None = None
 
     def left(self, steps_done: int) -> float | None:
-        """The first call, before any step, starts the clock."""
+        """The first call, before any step of this job's own, starts the clock."""
         now = self._clock()
         if self._started is None:
             self._started = now
-        if not steps_done:
+        own = steps_done - self._given
+        if own <= 0:
             return None
-        return round((now - self._started) / steps_done * (self._steps - steps_done), 1)
+        return round((now - self._started) / own * (self._steps - steps_done), 1)

@@ -18,6 +18,7 @@ from pydantic import (
 
 from core.errors import RequestError
 from core.file_format import check_file
+from core.frame import NOTHING_TO_START_WITH, check_frame
 
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 4000
@@ -89,14 +90,14 @@ class LoraChoice(BaseModel):
 
 
 class VideoRequest(BaseModel):
-    """One job: an image and a prompt in, a video out."""
+    """One job: a prompt and an image, or what stands in for it, in; a video out."""
 
     model_config = STRICT
 
-    input_image: str = _field(
-        ...,
+    input_image: str | None = _field(
+        None,
         "The first frame: base64, a data URI or an https URL of a PNG, JPEG or WebP of at most 20 MB and 50 "
-        "megapixels.",
+        "megapixels. Required unless there is `start` or `resume_latents`.",
         aliases=("image", "image_b64", "image_base64", "input_image_b64", "image_url"),
         min_length=1,
         repr=False,
@@ -209,6 +210,45 @@ class VideoRequest(BaseModel):
     )
     num_outputs: Whole = _field(1, "Videos to make, with the seeds seed, seed + 1 and so on.", ge=1, le=4)
 
+    return_latents: bool = _field(
+        False, "Return the latents so far as a safetensors file, which another job can go on from."
+    )
+    resume_latents: str | None = _field(
+        None,
+        "Go on from such a file: its handle on the volume, an https URL, or base64. The fields that the "
+        "latents depend on must be as they were.",
+        min_length=1,
+        repr=False,
+    )
+
+    end_image: str | None = _field(
+        None, "What the video leads up to, given as `input_image` is; only for i2v.", min_length=1, repr=False
+    )
+    end_image_strength: float = _field(
+        1.0, "The end image's latent is multiplied by this; 0 is as without.", ge=0, le=1
+    )
+    end_image_mode: Literal["history", "embedding"] = _field(
+        "history",
+        "history: the end image stays behind the video for all sections; embedding: it is there for the "
+        "first one sampled, and its image embedding is averaged with the first frame's.",
+    )
+    start: str | None = _field(
+        None,
+        "A first frame in place of `input_image`: black, white, noise from the seed, or a colour as #rrggbb.",
+        pattern=r"^(black|white|noise|#[0-9A-Fa-f]{6})$",
+    )
+    width: Whole | None = _field(
+        None, "Of the frame, in pixels, with `height`: a multiple of 16.", ge=64, le=2048, multiple_of=16
+    )
+    height: Whole | None = _field(
+        None, "Of the frame, in pixels, with `width`: a multiple of 16.", ge=64, le=2048, multiple_of=16
+    )
+    aspect_ratio: str | None = _field(
+        None,
+        "Of the frame, as 16:9, between 1:4 and 4:1; auto and null: nearest to the image, else square.",
+        pattern=r"^(auto|[1-9][0-9]{0,3}:[1-9][0-9]{0,3})$",
+    )
+
     loras: list[LoraChoice] = _field(
         [], "LoRAs added to the transformer's weights for this job, all at once.", max_length=8, repr=False
     )
@@ -219,8 +259,13 @@ class VideoRequest(BaseModel):
         return self.cache or ("teacache" if self.use_teacache else "none")
 
 
-SECRETS = ("input_image", "s3_config")  # never shown or echoed
+SECRETS = ("input_image", "end_image", "s3_config", "resume_latents")  # never shown or echoed
 NESTED: dict[str, type[BaseModel]] = {"s3_config": S3Config, "loras": LoraChoice}
+
+FORMS = {
+    "start": "black, white, noise or a colour such as #1a2b3c",
+    "aspect_ratio": "auto or two whole numbers such as 16:9",
+}
 
 ALIASES = {
     alias: name
@@ -249,12 +294,17 @@ def parse_request(data: Any) -> VideoRequest:
             raise RequestError(f"`{_short(name)}` is given twice, the second time as `{_short(key)}`.")
         _check_size(f"`{_short(name)}`", value)
         values[name] = value
+    faults = _absent(values)
     try:
         request = VideoRequest.model_validate(values)
     except ValidationError as error:
-        raise RequestError(_sentence(error)) from None
+        faults += error.errors(include_url=False)
+    if faults:
+        raise RequestError(_sentence(faults))
+    check_frame(request)
     check_loras(request)
     _check_shift(request)
+    _check_resumed(request)
     check_file(request.format, request.codec, request.fps)
     return _with_one_cache(request)
 
@@ -273,6 +323,13 @@ def _check_shift(request: VideoRequest) -> None:
         )
 
 
+def _check_resumed(request: VideoRequest) -> None:
+    if request.resume_latents and request.num_outputs > 1:
+        raise RequestError(
+            f"`num_outputs` must be 1 with `resume_latents` (got {request.num_outputs}): they have one seed."
+        )
+
+
 def _with_one_cache(request: VideoRequest) -> VideoRequest:
     """With `use_teacache` as `cache` has it. Raises RequestError where both were given and differ."""
     if request.cache is None or request.use_teacache == (request.cache == "teacache"):
@@ -285,14 +342,21 @@ def _with_one_cache(request: VideoRequest) -> VideoRequest:
     return request.model_copy(update={"use_teacache": not request.use_teacache})
 
 
+def _absent(values: dict[str, Any]) -> list[dict]:
+    """The fault of having nothing to begin with, in pydantic's form."""
+    if any(values.get(name) is not None for name in ("input_image", "start", "resume_latents")):
+        return []
+    return [{"type": NOTHING_TO_START_WITH, "loc": ("input_image",), "input": None}]
+
+
 def _check_size(what: str, value: Any) -> None:
     if isinstance(value, dict) and len(value) > MAX_FIELDS:
         raise RequestError(f"{what} has too many fields ({len(value)}).")
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(found: list[dict]) -> str:
     faults: dict[str, dict] = {}  # a union of types reports each member; the first is enough
-    for fault in error.errors(include_url=False):
+    for fault in found:
         faults.setdefault(_path(fault), fault)
     shown = [_fault(fault) for fault in [*faults.values()][:MAX_LISTED_ERRORS]]
     more = len(faults) - len(shown)
@@ -311,6 +375,8 @@ def _fault(fault: dict[str, Any]) -> str:
         near = difflib.get_close_matches(part or field, known, n=1)
         return f"`{_short(name)}` is not a known field" + (f" (did you mean `{near[0]}`?)" if near else "")
     match kind:
+        case _ if kind == NOTHING_TO_START_WITH:
+            return kind
         case "missing":
             return f"`{name}` is required"
         case "greater_than_equal":
@@ -335,6 +401,8 @@ def _fault(fault: dict[str, Any]) -> str:
             return f"`{name}` must be {context['expected']} {got}"
         case "string_unicode":
             return f"`{name}` must be valid Unicode text"
+        case "string_pattern_mismatch" if field in FORMS:
+            return f"`{name}` must be {FORMS[field]} {got}"
         case "string_pattern_mismatch" if field == "loras":
             return f"`{name}` must " + (
                 "start with https://" if part == "url" else "be a plain file name that ends in .safetensors"

@@ -1,5 +1,7 @@
 """Aspect-ratio buckets and the crop that fills them."""
 
+import math
+
 import numpy as np
 from PIL import Image
 
@@ -27,6 +29,16 @@ def nearest_bucket(height: int, width: int, resolution: int) -> tuple[int, int]:
         buckets(resolution),
         key=lambda bucket: (abs(height * bucket[1] - width * bucket[0]), -bucket[0]),
     )
+
+
+def sides_of_ratio(down: int, across: int, resolution: int) -> tuple[int, int]:
+    """(height, width) of that ratio and about `resolution`² pixels, each rounded to the buckets' step.
+
+    Nearer to the ratio than a bucket, of which a small resolution has few: 1:1 is a square.
+    """
+    height = resolution * math.sqrt(down / across)
+    width = resolution * math.sqrt(across / down)
+    return STEP * round(height / STEP), STEP * round(width / STEP)
 
 
 def resize_and_center_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -74,6 +74,17 @@ def is_pinned(model: nn.Module) -> bool:
     return model in _pinned
 
 
+def bytes_on_gpu(module: nn.Module) -> int:
+    return sum(t.nbytes for t in [*module.parameters(), *module.buffers()] if t.is_cuda)
+
+
+def least_streamed_bytes(model: nn.Module) -> int:
+    """GPU memory `DynamicSwapInstaller` takes at the least: all that is not a block, the first one, the one
+    that computes and the one on its way."""
+    blocks = [weight_bytes(block) for blocks in _block_lists(model) for block in blocks]
+    return weight_bytes(model) - sum(blocks) + min(sum(blocks), 3 * max(blocks))
+
+
 def load_model_as_complete(model: nn.Module, target_device: torch.device) -> None:
     """Put a whole model on the GPU until `unload_complete_models`."""
     if target_device.type == "cpu":

@@ -69,6 +69,8 @@ def _nested(depth: int, as_list: bool) -> Any:
     return value
 
 
+ONE_OF = ("input_image", "resume_latents")  # what a job can begin with
+
 DEEP = st.builds(_nested, st.sampled_from([2, 50, 400]), st.booleans())
 
 
@@ -94,6 +96,8 @@ def _of_type(kind: Any, field: FieldInfo) -> SearchStrategy:
     if kind is float:
         return st.floats(low, high, allow_nan=False, allow_infinity=False)
     if kind is str:
+        if field is VideoRequest.model_fields["aspect_ratio"]:
+            return st.sampled_from(["auto", "1:1", "16:9", "9:16", "21:9", "1000:4000"])
         if pattern := _limit(field, "pattern"):
             return st.from_regex(pattern, fullmatch=True)
         return st.text(min_size=_limit(field, "min_length") or 0, max_size=_limit(field, "max_length"))
@@ -134,13 +138,33 @@ def _limit(field: FieldInfo, name: str) -> Any:
 def good_objects(draw: Any, model: type[BaseModel] = VideoRequest) -> dict:
     """What is required and some of the rest, each under one of its names."""
     required = [name for name, field in model.model_fields.items() if field.is_required()]
+    if model is VideoRequest:
+        required.append(draw(st.sampled_from(ONE_OF)))
     optional = [name for name in model.model_fields if name not in required]
     chosen = draw(st.lists(st.sampled_from(optional), unique=True))
+    if model is VideoRequest:
+        chosen = draw(_going_together(chosen))
     data = {}
     for name in draw(st.permutations([*required, *chosen])):
-        value = draw(good_values(model.model_fields[name]))
+        values = good_values(model.model_fields[name])
+        value = draw(values.filter(lambda value: value is not None) if name in ONE_OF else values)
         data[draw(st.sampled_from(_names_of(model, name)))] = planted(value) if name in SECRETS else value
     return data
+
+
+@st.composite
+def _going_together(draw: Any, names: list[str]) -> list[str]:
+    """Of a request's fields `names` those that do not contradict others, and what they need."""
+    start = draw(st.sampled_from(["input_image", "input_image", "start"]))
+    left_out = {"input_image", "start"} - {start}
+    if {"width", "height"} & {*names}:
+        names = [*names, "width", "height"]
+        left_out |= {"resolution", "aspect_ratio"}
+    if start == "start":
+        left_out.add("aspect_ratio")  # may be auto
+    if "end_image" in names:
+        left_out.add("model")  # may be f1
+    return [name for name in dict.fromkeys([start, *names]) if name not in left_out]
 
 
 def _names_of(model: type[BaseModel], name: str) -> list[str]:

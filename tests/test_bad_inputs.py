@@ -83,8 +83,8 @@ REFUSED = {
     },
     "fields": {
         "no prompt": (without("prompt"), "invalid_request", "`prompt` is required"),
-        "no image": (without("input_image"), "invalid_request", "`input_image` is required"),
-        "empty input": ({}, "invalid_request", "`input_image` is required; `prompt` is required"),
+        "no image": (without("input_image"), "invalid_request", "`input_image` or `start` is required"),
+        "empty input": ({}, "invalid_request", "`input_image` or `start` is required; `prompt` is required"),
         "empty prompt": (quick_input(prompt=""), "invalid_request", "`prompt`"),
         "prompt of 4,001 characters": (quick_input(prompt="x" * 4001), "invalid_request", "4000"),
         "prompt a number": (quick_input(prompt=5), "invalid_request", "`prompt` must be a string"),
@@ -102,6 +102,21 @@ REFUSED = {
             "invalid_request",
             "and 2 more",
         ),
+    },
+    "frame": {
+        "image and start": (quick_input(start="black"), "invalid_request", "`start`"),
+        "start of no colour": (quick_input(input_image=None, start="#12345"), "invalid_request", "#1a2b3c"),
+        "width alone": (quick_input(resolution=None, width=256), "invalid_request", "`height`"),
+        "width 250": (
+            quick_input(resolution=None, width=250, height=256),
+            "invalid_request",
+            "multiple of 16",
+        ),
+        "width and resolution": (quick_input(width=256, height=256), "invalid_request", "`resolution`"),
+        "ratio 9:2": (quick_input(aspect_ratio="9:2"), "invalid_request", "between 1:4 and 4:1"),
+        "ratio 16x9": (quick_input(aspect_ratio="16x9"), "invalid_request", "such as 16:9"),
+        "end image with f1": (quick_input(end_image="aGVsbG8=", model="f1"), "invalid_request", "i2v"),
+        "end image of text": (quick_input(end_image="aGVsbG8="), "invalid_image", "The end image is not a"),
     },
     "numbers": {
         "seed −2": (quick_input(seed=-2), "invalid_request", "at least -1"),

@@ -107,7 +107,7 @@ def test_on_a_gpu_its_memory_decides(host, loads, monkeypatch):
     assert not models._room_for_another()
     monkeypatch.setattr(models, "memory_mode", "swap")  # then the host's
     assert not models._room_for_another()
-    unpinned = sum(map(memory.weight_bytes, models._modules())) / size
+    unpinned = sum(map(memory.weight_bytes, models.modules())) / size
     host(models, 1 + unpinned)
     assert models._room_for_another()
     host(models, 0.9 + unpinned)

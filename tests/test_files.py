@@ -73,7 +73,7 @@ def written(tmp_path: Path, clip: torch.Tensor, **values) -> Path:
 class TestKinds:
     @pytest.mark.parametrize(("format", "codec", "found"), KINDS)
     def test_holds_the_frames_at_its_pace_and_its_parameters(self, tmp_path, clip, format, codec, found):
-        text = embedded({"prompt": ODD_PROMPT}, "demo", "00")
+        text = embedded({"prompt": ODD_PROMPT}, "demo", {"input_image": "00"})
         path = written(tmp_path, clip, format=format, codec=codec, fps=25, parameters=text)
         meta, frames = frames_of(path)
         assert meta["codec"].startswith(found) and meta["size"] == (96, 64)
@@ -85,7 +85,7 @@ class TestKinds:
 
     @pytest.mark.parametrize(("format", "codec", "found"), KINDS)
     def test_the_same_frames_are_the_same_bytes(self, tmp_path, clip, format, codec, found):
-        values = {"format": format, "codec": codec, "parameters": embedded({}, "demo", "00")}
+        values = {"format": format, "codec": codec, "parameters": embedded({}, "demo", {"input_image": "00"})}
         first = written(tmp_path, clip, **values).read_bytes()
         assert written(tmp_path, clip, **values).read_bytes() == first
 
@@ -101,7 +101,7 @@ class TestKinds:
     def test_parameters_change_no_pixel(self, tmp_path, clip):
         plain, told = tmp_path / "plain.mp4", tmp_path / "told.mp4"
         save_bcthw_as_mp4([clip], plain)
-        save_video([clip], told, VideoFile(parameters=embedded({}, "demo", "00")))
+        save_video([clip], told, VideoFile(parameters=embedded({}, "demo", {"input_image": "00"})))
         assert plain.read_bytes() != told.read_bytes()
         assert media_data(plain) == media_data(told)
         assert (frames_of(plain)[1] == frames_of(told)[1]).all()
@@ -118,9 +118,11 @@ class TestKinds:
 
 
 def media_data(path: Path) -> bytes:
-    """The `mdat` box: the coded pictures."""
+    """The `mdat` box, of those at the top: the coded pictures."""
     data = path.read_bytes()
-    start = data.index(b"mdat") - 4
+    start = 0
+    while data[start + 4 : start + 8] != b"mdat":
+        start += int.from_bytes(data[start : start + 4])
     return data[start : start + int.from_bytes(data[start : start + 4])]
 
 
@@ -135,7 +137,7 @@ class TestFailures:
         monkeypatch.setenv("REAL_FFMPEG", imageio_ffmpeg.get_ffmpeg_exe())
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(STAND_INS / stand_in))
         path = tmp_path / f"video{FORMATS[format].suffix}"
-        file = VideoFile(format, codec, parameters=embedded({}, "demo", "00"))
+        file = VideoFile(format, codec, parameters=embedded({}, "demo", {"input_image": "00"}))
         many = [clip.repeat(1, 1, 4, 2, 2)] * 2
         with pytest.raises(VideoEncodingError, match=r"could not be encoded: [^/]*\.$"):
             save_video(many, path, file)
@@ -236,7 +238,7 @@ class TestJobs:
         found = read_embedded(path)
         assert found["parameters"] == reply["parameters"]
         image = base64.b64decode(data["input_image"])
-        assert found["input_image_sha256"] == hashlib.sha256(image).hexdigest()
+        assert found["images"] == {"input_image": hashlib.sha256(image).hexdigest()}
 
     def test_nothing_is_embedded_unless_wanted(self, tiny_models):
         data = quick_input(prompt="A tell-tale prompt.")
@@ -286,7 +288,7 @@ class TestReproduce:
         parameters = request.model_dump(exclude={"input_image", "s3_config"})
         folder = tmp_path / "made"
         folder.mkdir()
-        text = embedded(parameters, "demo", hashlib.sha256(image).hexdigest())
+        text = embedded(parameters, "demo", {"input_image": hashlib.sha256(image).hexdigest()})
         return written(folder, clip, parameters=text)
 
     def test_prints_the_request_and_fills_the_image_in(self, tmp_path, made):
@@ -299,7 +301,7 @@ class TestReproduce:
 
     def test_refuses_another_image(self, tmp_path, made):
         (tmp_path / "image.png").write_bytes(b"another")
-        assert "is not the image" in self.run(made, "--image", tmp_path / "image.png").stderr
+        assert "is no image that" in self.run(made, "--image", tmp_path / "image.png").stderr
         assert "cannot be read" in self.run(made, "--image", tmp_path / "none.png").stderr
 
     def test_the_request_of_a_file_makes_the_file_again(self, tiny_models, tmp_path, quick_decode):
@@ -316,7 +318,9 @@ class TestDamagedFiles:
     @pytest.mark.parametrize("format", FORMATS)
     def test_are_refused_in_one_sentence(self, tmp_path, clip, format):
         codec = next(iter(FORMATS[format].codecs), None)
-        path = written(tmp_path, clip, format=format, codec=codec, parameters=embedded({}, "demo", "00"))
+        path = written(
+            tmp_path, clip, format=format, codec=codec, parameters=embedded({}, "demo", {"input_image": "00"})
+        )
         data = path.read_bytes()
         random = np.random.default_rng(0)
         for attempt in range(6):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import core.job
-from core.errors import CancelledError, LoraError, LoraNotApplicableError
+from core.errors import CancelledError, LatentsMismatchError, LoraError, LoraNotApplicableError
 from core.job import run_job
 from core.pipeline import Models, generate_video_sync
 from core.pipeline.profiles import load_profile
@@ -187,3 +187,18 @@ def test_through_a_worker(models, settings, monkeypatch):
     reply = worker.submit("b", quick_input(loras=[{"url": "https://images.test/a?token=5ec4e7"}])).result()
     assert reply["code"] == "url_refused" and "5ec4e7" not in str(reply)
     assert "video_base64" in worker.submit("c", quick_input(loras=[FIRST])).result()
+
+
+def test_latents_are_gone_on_from_with_the_same_loras_only(models, settings, tmp_path):
+    """Also where one of them changes the layer that weights are told apart by."""
+    down, up = torch.randn(1, 32), torch.randn(64, 1)
+    save_file(peft("transformer.", {"proj_out": (down, up)}), tmp_path / "loras" / "out.safetensors")
+    last = {"name": "out.safetensors"}
+    data = quick_input(steps=2, embed_parameters=False, loras=[FIRST, last], output="base64")
+    made = run_job(data | {"return_latents": True}, models, settings)
+    rest = data | {"resume_latents": made["latents_base64"]}
+    job(models, settings)  # they are removed in between
+    again = run_job(rest, models, settings)
+    assert again["video_base64"] == made["video_base64"] and again["resumed_sections"] == again["sections"]
+    with pytest.raises(LatentsMismatchError, match=r"^The latents were made with `loras` "):
+        run_job(rest | {"loras": [FIRST]}, models, settings)

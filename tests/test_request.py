@@ -44,6 +44,15 @@ DEFAULTS = {
     "embed_parameters": True,
     "exact_length": False,
     "num_outputs": 1,
+    "return_latents": False,
+    "resume_latents": None,
+    "end_image": None,
+    "end_image_strength": 1.0,
+    "end_image_mode": "history",
+    "start": None,
+    "width": None,
+    "height": None,
+    "aspect_ratio": None,
     "loras": [],
 }
 
@@ -93,9 +102,10 @@ REAL_BOUNDS = {
     "timeout_s": (1, 86_400),
     "shift": (0, 20),
     "cache_threshold": (0, 1),
+    "end_image_strength": (0, 1),
 }
 NUMBERS = [*WHOLE_BOUNDS, *REAL_BOUNDS]
-TEXTS = ["input_image", "prompt", "n_prompt"]
+TEXTS = ["input_image", "prompt", "n_prompt", "resume_latents", "end_image"]
 
 
 def accepted(**fields) -> VideoRequest:
@@ -346,7 +356,22 @@ def test_two_caches_at_once(use_teacache, cache):
     )
 
 
-NULLABLE = ("seed", "model", "resolution", "timeout_s", "s3_config", "cache", "cache_threshold", "codec")
+NULLABLE = (
+    "seed",
+    "model",
+    "resolution",
+    "timeout_s",
+    "s3_config",
+    "cache",
+    "cache_threshold",
+    "codec",
+    "resume_latents",
+    "end_image",
+    "start",
+    "width",
+    "height",
+    "aspect_ratio",
+)
 
 
 @pytest.mark.parametrize("name", [name for name in DEFAULTS if name not in NULLABLE])
@@ -360,15 +385,20 @@ def test_text_must_be_a_string(name, value):
     assert refused(**{name: value}).startswith(f"`{name}` must be a string (got ")
 
 
-@pytest.mark.parametrize("name", ["input_image", "prompt"])
-def test_required_fields(name):
-    assert refusal({key: value for key, value in REQUIRED.items() if key != name}) == f"`{name}` is required."
+def test_required_fields():
+    assert refusal({"input_image": "aGVsbG8="}) == "`prompt` is required."
+    assert refusal({"prompt": "x"}) == "`input_image` or `start` is required."
+    assert refused(prompt=None) == "`prompt` must be a string (got null)."
+    assert refused(input_image=None) == "`input_image` or `start` is required."
+
+
+@pytest.mark.parametrize("name", ["input_image", "prompt", "end_image"])
+def test_texts_that_must_not_be_empty(name):
     assert refused(**{name: ""}) == f"`{name}` must not be empty."
-    assert refused(**{name: None}) == f"`{name}` must be a string (got null)."
 
 
 def test_both_required_fields_missing():
-    assert refusal({}) == "`input_image` is required; `prompt` is required."
+    assert refusal({}) == "`input_image` or `start` is required; `prompt` is required."
 
 
 @pytest.mark.parametrize(

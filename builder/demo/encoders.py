@@ -24,7 +24,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from diffusers_helper.text import HIDDEN_LAYER, TEMPLATE, template_crop
+from diffusers_helper.text import TEMPLATE, PromptEncoder, template_crop
 
 TEXT_WIDTH, POOLED_WIDTH, IMAGE_WIDTH = 64, 48, 64
 IMAGE_SIZE, PATCH_SIZE = 64, 16
@@ -148,7 +148,7 @@ class Encoders:
         self.device = device
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(hunyuan / "tokenizer")
         self.tokenizer_2 = CLIPTokenizer.from_pretrained(hunyuan / "tokenizer_2")
-        self.text_encoder = LlamaModel.from_pretrained(hunyuan / "text_encoder", dtype=torch.float32)
+        self.text_encoder = PromptEncoder.from_pretrained(hunyuan / "text_encoder", dtype=torch.float32)
         self.text_encoder_2 = CLIPTextModel.from_pretrained(hunyuan / "text_encoder_2", dtype=torch.float32)
         self.image_encoder = SiglipVisionModel.from_pretrained(redux / "image_encoder", dtype=torch.float32)
         self.feature_extractor = SiglipImageProcessorPil.from_pretrained(redux / "feature_extractor")
@@ -167,7 +167,7 @@ class Encoders:
             for first in range(0, len(members), batch):
                 some = members[first : first + batch]
                 tokens = torch.tensor([ids[i] for i in some], device=self.device)
-                states = self.text_encoder(input_ids=tokens, output_hidden_states=True).hidden_states
+                states = self.text_encoder(input_ids=tokens).last_hidden_state
                 clip_ids = self.tokenizer_2(
                     [prompts[i] for i in some],
                     padding="max_length",
@@ -176,7 +176,7 @@ class Encoders:
                     return_tensors="pt",
                 ).input_ids
                 pooled = self.text_encoder_2(clip_ids.to(self.device)).pooler_output
-                hidden = states[HIDDEN_LAYER][:, self._crop :]
+                hidden = states[:, self._crop :]
                 encoded |= {i: (hidden[k], pooled[k]) for k, i in enumerate(some)}
         return [encoded[i] for i in range(len(prompts))]
 

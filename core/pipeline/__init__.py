@@ -17,6 +17,9 @@ import torch
 from core.deadline import Deadline
 from core.errors import TimeLimitError, VideoEncodingError
 from core.file_format import codec_of
+from core.frame import check_direction, end_picture, frame_size, start_picture
+from core.pipeline.capacity import check_capacity
+from core.pipeline.checkpoint import Checkpoint, Recorder
 from core.pipeline.conditioning import Conditioning, encode_conditioning
 from core.pipeline.decoding import VideoDecoder
 from core.pipeline.models import Models, initialize_models
@@ -27,7 +30,6 @@ from core.request import VideoRequest
 from core.timing import JobTimer
 from core.video import VideoFile, first_frame_jpeg, save_video
 from diffusers_helper.blending import first_frames
-from diffusers_helper.buckets import nearest_bucket, resize_and_center_crop
 from diffusers_helper.preview import LatentPreview
 
 __all__ = ["GeneratedVideo", "Models", "generate_video_sync", "initialize_models"]
@@ -52,10 +54,11 @@ class GeneratedVideo:
 
 def generate_video_sync(
     models: Models,
-    input_image: np.ndarray,
+    input_image: np.ndarray | None,
     request: VideoRequest,
     output_filename: str | Path,
     *,
+    end_image: np.ndarray | None = None,
     seed: int | None = None,
     timer: JobTimer | None = None,
     report: Report = lambda progress: None,
@@ -66,9 +69,13 @@ def generate_video_sync(
     spare_filename: Callable[[], Path] | None = None,
     shared: Conditioning | None = None,
     embed: Callable[[dict[str, Any]], str] | None = None,
+    recorder: Recorder | None = None,
+    resumed: Checkpoint | None = None,
 ) -> GeneratedVideo:
     """Animate `input_image` (H, W, 3) uint8 as `request` asks and write the file to `output_filename`.
 
+    Without one the video starts with the picture that the request's `start` names. `end_image`, of any size
+    too, is what the video leads up to. Raises TooLargeForMemoryError before anything is computed.
     `seed` replaces the request's (which may ask for a drawn one). `check_cancelled` runs after every stage
     and step and may raise to stop; `report` is told where the job stands; `on_section` sees each section's
     latents; `frugal` spends time for memory (no transformer block kept on the GPU in swap mode, a tiled VAE).
@@ -76,6 +83,7 @@ def generate_video_sync(
     or decode starts: TimeLimitError, or where the request says `partial` the sections finished by then.
     `shared` is the conditioning of an earlier video of the same request; `embed` makes a text for the file
     from the parameters that were only decided here.
+    `recorder` has what can be gone on from; `resumed` is what to go on from, and its image the `input_image`.
     The transformer's LoRAs are not looked at: `models.use_loras` has them in place before.
     Reproduces the official `worker`, except that the start latent follows from the seed.
     """
@@ -83,11 +91,12 @@ def generate_video_sync(
     timer = timer or JobTimer()
     deadline = deadline or Deadline()
     direction = request.model or models.profile.direction
+    check_direction(request, direction)
     plan = plan_sections(
         request.total_second_length, request.latent_window_size, direction, request.exact_length
     )
     progress = Progress(sections=len(plan.sections), steps=request.steps)
-    pace = Pace(len(plan.sections) * request.steps)
+    pace = Pace(len(plan.sections) * request.steps, given=resumed.count * request.steps if resumed else 0)
 
     def check() -> None:
         check_cancelled()
@@ -102,14 +111,20 @@ def generate_video_sync(
         stage("sample", section.index + 1, step, preview=preview_of(x0))
 
     resolution = request.resolution or models.profile.resolution
-    height, width = nearest_bucket(*input_image.shape[:2], resolution)
-    image = resize_and_center_crop(input_image, height, width)
+    height, width = frame_size(request, input_image, resolution)
+    check_capacity(models, plan, height, width)
+    image = start_picture(request, input_image, height, width, seed)
+    end_image = end_picture(request, end_image, height, width)
 
     stage("encode")
-    if shared is None:
-        conditioning = encode_conditioning(models, image, request, seed, timer)
+    if shared is None or request.start == "noise":  # which is another picture for each seed
+        conditioning = encode_conditioning(models, image, request, seed, timer, end_image)
     else:
         conditioning = shared.for_seed(seed)
+    if resumed:
+        conditioning = conditioning.starting_at(resumed.start_latent)
+    if recorder:
+        recorder.begin(image, conditioning.start_latent)
     shift = math.exp(schedule_mu(models, request, (plan.window, *conditioning.start_latent.shape[-2:])))
     preview_of = _previews(conditioning.start_latent, image) if request.preview else lambda x0: None
 
@@ -119,9 +134,11 @@ def generate_video_sync(
     try:
         stage("sample", section=1)
         for sampled in sample_sections(
-            models, plan, conditioning, request, seed, timer, on_step, preserved_gb=preserved_gb
+            models, plan, conditioning, request, seed, timer, on_step, preserved_gb, resumed
         ):
             on_section(sampled)
+            if recorder:
+                recorder.add(sampled.latents, sampled.generator_state)
             stage("decode", sampled.section.index + 1, request.steps, preview=preview_of(sampled.latents))
             decoder.add(sampled.to_decode, check)
     except TimeLimitError as error:

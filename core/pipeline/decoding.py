@@ -70,9 +70,13 @@ def untiled_decode_bytes(vae, latents: torch.Tensor) -> int:
     The VAE decodes `tile_sample_min_num_frames` frames at a time, so length hardly matters.
     """
     _, _, _, height, width = latents.shape
-    pixels = height * width * vae.spatial_compression_ratio**2
+    return decode_bytes(vae, height * vae.spatial_compression_ratio, width * vae.spatial_compression_ratio)
+
+
+def decode_bytes(vae, height: int, width: int) -> int:
+    """The same for a frame, or a tile, of so many pixels."""
     frames = vae.tile_sample_min_num_frames + 1
-    return int(UNTILED_PEAK * pixels * frames * vae.config.block_out_channels[0] * vae.dtype.itemsize)
+    return int(UNTILED_PEAK * height * width * frames * vae.config.block_out_channels[0] * vae.dtype.itemsize)
 
 
 UNTILED_PEAK = 14.0  # activations alive at once; 13.3 were measured at 608×640 (21.0 GB)

@@ -162,7 +162,7 @@ class Models:
         if mode == self.memory_mode:
             return
         self._drop_idle()
-        for module in self._modules():
+        for module in self.modules():
             if mode == "resident":
                 memory.forget(module)
                 module.to(self.device)
@@ -197,13 +197,14 @@ class Models:
                     memory.unload_complete_models(module)
             memory.release_unused_memory(self.device)
 
-    def _modules(self) -> list[nn.Module]:
+    def modules(self) -> list[nn.Module]:
+        """All that are loaded and have weights."""
         return [module for name in MODULES if (module := getattr(self, name)) is not None]
 
     def _fitting_mode(self) -> str:
         if self.device.type == "cpu":
             return "resident"
-        needed = sum(map(memory.weight_bytes, self._modules())) + RESIDENT_HEADROOM_GB * memory.GB
+        needed = sum(map(memory.weight_bytes, self.modules())) + RESIDENT_HEADROOM_GB * memory.GB
         return "resident" if memory.free_gpu_memory(self.device) >= needed else "swap"
 
     def _folder(self, source: Source) -> Path:
@@ -229,14 +230,14 @@ class Models:
     def _host_can_keep(self, size: int) -> bool:
         """Whether so many bytes fit into host memory beside what a job needs, and what swap mode would."""
         on_gpu = self.device.type == "cuda" and self.memory_mode == "resident"
-        coming = self._modules() if on_gpu else self._unpinned()
+        coming = self.modules() if on_gpu else self._unpinned()
         needed = size + sum(map(memory.weight_bytes, coming)) + HOST_HEADROOM_GB * memory.GB
         return free_host_memory() >= needed
 
     def _unpinned(self) -> list[nn.Module]:
         """In swap mode, what is mapped from its file perhaps and takes host memory once it is pinned."""
         swap = self.memory_mode == "swap"
-        return [module for module in self._modules() if swap and not memory.is_pinned(module)]
+        return [module for module in self.modules() if swap and not memory.is_pinned(module)]
 
     def _load_another(self, source: Source) -> FramePackTransformer:
         folder = self._folder(source)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from core.pipeline.caching import NewCache, step_caches
+from core.pipeline.checkpoint import Checkpoint
 from core.pipeline.conditioning import Conditioning
 from core.pipeline.models import Models
 from core.pipeline.sections import HISTORY, HISTORY_FRAMES, Section, SectionPlan
@@ -30,6 +31,7 @@ class SampledSection:
     section: Section
     latents: torch.Tensor  # (1, 16, W, H/8, W/8), float32 on the CPU: what the sampler returned
     to_decode: torch.Tensor  # the newest latent frames, in the video's order
+    generator_state: torch.Tensor  # after this section's noise was drawn
 
 
 def sample_sections(
@@ -41,15 +43,23 @@ def sample_sections(
     timer: JobTimer,
     on_step: OnStep,
     preserved_gb: float,
+    resumed: Checkpoint | None = None,
     new_cache: NewCache | None = None,
 ) -> Iterator[SampledSection]:
     """Sample the plan's sections in order. All noise comes from one CPU generator seeded with `seed`.
 
-    In swap mode `preserved_gb` of GPU memory are kept free of the transformer's weights. `new_cache` makes
+    An I2V video may have an end image: its latent is the history that the first section sampled, the video's
+    end, would else find empty. It is no part of the video.
+
+    In swap mode `preserved_gb` of GPU memory are kept free of the transformer's weights. The first sections
+    come from `resumed`, as they were sampled then; the rest goes on with its generator. `new_cache` makes
     other step caches than the request's. Raises RequestError where the model cannot have the request's.
     """
     new_cache = new_cache or step_caches(request, models.direction, models.magnitudes)
     generator = torch.Generator("cpu").manual_seed(seed)
+    known = resumed.sections if resumed else ()
+    if resumed:
+        generator.set_state(resumed.generator_state)
     start = conditioning.start_latent
     _, channels, _, height, width = start.shape
     history = torch.zeros(1, channels, HISTORY_FRAMES, height, width)
@@ -57,18 +67,24 @@ def sample_sections(
     forward = plan.direction == "f1"
     if forward:
         history = torch.cat([history, start], dim=2)
+    elif conditioning.end_latent is not None:
+        history[:, :, :1] = conditioning.end_latent
 
     for section in plan.sections:
         timer.start_section()
-        noise = torch.randn(1, channels, plan.window, height, width, generator=generator)
-        packed = pack_history(section, start, history, forward, models)
-        with (
-            timer.section_span("sample"),
-            models.on_device("transformer", preserved_gb=preserved_gb),
-        ):
-            latents = _sample(
-                models, noise, packed, conditioning, request, section, timer, on_step, new_cache
-            ).cpu()
+        if section.index < len(known):
+            latents = known[section.index]
+            timer.sections[-1] |= {"sample": 0.0, "steps": request.steps, "steps_computed": 0}
+        else:
+            noise = torch.randn(1, channels, plan.window, height, width, generator=generator)
+            packed = pack_history(section, start, history, forward, models)
+            with (
+                timer.section_span("sample"),
+                models.on_device("transformer", preserved_gb=preserved_gb),
+            ):
+                latents = _sample(
+                    models, noise, packed, conditioning, request, section, timer, on_step, new_cache
+                ).cpu()
 
         new = torch.cat([start, latents], dim=2) if section.adds_start else latents
         if forward:
@@ -78,10 +94,12 @@ def sample_sections(
             history = history[:, :, -kept:]
         else:
             history = torch.cat([new, history], dim=2)
+            if section.index == 0 and request.end_image_mode == "embedding":
+                history[:, :, -HISTORY_FRAMES] = 0  # the end image was for this section only
             real = history[:, :, :-HISTORY_FRAMES]
             to_decode = real[:, :, : section.decode_frames]
             history = history[:, :, :kept]
-        yield SampledSection(section, latents, to_decode)
+        yield SampledSection(section, latents, to_decode, generator.get_state())
 
 
 def pack_history(
