@@ -476,6 +476,7 @@ class TestOnAGpu:
                 tile_sample_min_num_frames=16,
             ),
             modules=lambda: [],
+            idle=[],
         )
 
     def free(self, monkeypatch, gib):
@@ -494,6 +495,12 @@ class TestOnAGpu:
         else:
             with pytest.raises(TooLargeForMemoryError, match=f"GPU memory, and {gib}.0 GB can be had"):
                 check_capacity(models, plan, 2048, 2048)
+
+    def test_what_an_idle_transformer_takes_can_be_had(self, models, monkeypatch):
+        self.free(monkeypatch, 20)
+        models.idle = ["a transformer of 28 GB"]
+        monkeypatch.setattr("core.pipeline.capacity.memory.bytes_on_gpu", lambda module: 28 * GIB)
+        check_capacity(models, plan_sections(5, 9, "i2v"), 2048, 2048)
 
     def test_a_long_window_counts(self, models, monkeypatch):
         self.free(monkeypatch, 11)

@@ -143,10 +143,15 @@ class Models:
         self._drop_idle()
         self._drop_transformer()
 
+    @property
+    def idle(self) -> list[FramePackTransformer]:
+        """Loaded and not in use; they go where their memory is needed."""
+        return [*self._idle.values()]
+
     def has_gpu_memory(self, needed: int) -> bool:
         """Whether `needed` bytes are free on the GPU, idle transformers dropped if that makes it so."""
         free = memory.free_gpu_memory(self.device)
-        idle = sum(map(memory.weight_bytes, self._idle.values())) if self.memory_mode == "resident" else 0
+        idle = sum(map(memory.weight_bytes, self.idle)) if self.memory_mode == "resident" else 0
         if free < needed <= free + idle:
             self._drop_idle()
             free = memory.free_gpu_memory(self.device)
