@@ -21,6 +21,8 @@ STATUS_OF_CODE = {
     "latents_mismatch": 409,
     "latents_not_found": 404,
     "too_large_for_memory": 413,
+    "invalid_lora": 400,
+    "lora_not_applicable": 400,
     "url_refused": 400,
     "download_failed": 502,
     "download_too_large": 413,

@@ -340,7 +340,8 @@ def choices(device: torch.device) -> list[Choice]:
 
 def _compute_in(models: Models, transformer: torch.dtype, vae: torch.dtype) -> None:
     if transformer != models.transformer_dtype:
-        models.transformer, models.transformer_dtype = None, transformer
+        models.drop_transformers()
+        models.transformer_dtype = transformer
         models.use_direction(models.direction)  # loads it anew: a weight once rounded stays so
     # the demo's file has float16, so that nothing was rounded; diffusers' own `to` warns of modules it would
     # keep in float32, and there are none

@@ -8,6 +8,8 @@ WorkerError                        internal_error
 │   │   ├── LatentsMismatchError   latents_mismatch
 │   │   └── LatentsNotFoundError   latents_not_found
 │   ├── TooLargeForMemoryError     too_large_for_memory
+│   ├── LoraError                  invalid_lora
+│   │   └── LoraNotApplicableError lora_not_applicable
 │   ├── UrlRefusedError            url_refused
 │   └── DownloadError              download_failed
 │       └── DownloadTooLargeError  download_too_large
@@ -76,6 +78,18 @@ class TooLargeForMemoryError(RequestError):
     """A frame, section or length that this worker's memory cannot hold in any mode."""
 
     code = "too_large_for_memory"
+
+
+class LoraError(RequestError):
+    """A LoRA that is not there, or that cannot be read or fitted to the model."""
+
+    code = "invalid_lora"
+
+
+class LoraNotApplicableError(LoraError):
+    """No layer of it is one of the model's."""
+
+    code = "lora_not_applicable"
 
 
 class UrlRefusedError(RequestError):

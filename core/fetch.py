@@ -37,7 +37,29 @@ def fetch_url(
     allowed_hosts: Sequence[str] = (),
     check_cancelled: Callable[[], None] = lambda: None,
 ) -> bytes:
-    """The file at an https URL, `timeout_s` covering everything from the look-up to the last byte.
+    """The file at an https URL. As `fetch_into`."""
+    body = bytearray()
+    fetch_into(
+        body.extend,
+        url,
+        max_bytes=max_bytes,
+        timeout_s=timeout_s,
+        allowed_hosts=allowed_hosts,
+        check_cancelled=check_cancelled,
+    )
+    return bytes(body)
+
+
+def fetch_into(
+    write: Callable[[bytes], object],
+    url: str,
+    *,
+    max_bytes: int,
+    timeout_s: float,
+    allowed_hosts: Sequence[str] = (),
+    check_cancelled: Callable[[], None] = lambda: None,
+) -> None:
+    """`write` the file at an https URL, `timeout_s` covering everything from the look-up to the last byte.
 
     Redirects are followed, each checked like the first URL. Raises UrlRefusedError for what the worker
     will not connect to, DownloadTooLargeError over `max_bytes`, DownloadError for any other failure, and
@@ -50,7 +72,7 @@ def fetch_url(
         with _answer(target, limits) as answer:
             location = answer.status in REDIRECTS and answer.getheader("Location")
             if not location:
-                return _body(answer, target.host, max_bytes)
+                return _copy_body(answer, write, target.host, max_bytes)
         url = _joined(url, location)
     raise DownloadError(f"The URL redirects more than {MAX_REDIRECTS} times.")
 
@@ -142,22 +164,24 @@ def _answer(target: Target, limits: Limits) -> Iterator[http.client.HTTPResponse
         raise DownloadError(f"The connection to {host} failed.") from error
 
 
-def _body(answer: http.client.HTTPResponse, host: str, max_bytes: int) -> bytes:
+def _copy_body(
+    answer: http.client.HTTPResponse, write: Callable[[bytes], object], host: str, max_bytes: int
+) -> None:
     if answer.status != 200:
         raise DownloadError(f"The host {host} answered with status {answer.status}.")
     if (answer.getheader("Content-Encoding") or "identity").strip().lower() != "identity":
         raise DownloadError(f"The host {host} sent compressed data unasked.")
-    declared, body = answer.length or 0, bytearray()
+    declared, received = answer.length or 0, 0
     too_large = DownloadTooLargeError(f"The file at {host} has over {max_bytes / 1e6:g} MB.")
     if declared > max_bytes:
         raise too_large
     while chunk := answer.read(CHUNK_BYTES):
-        body += chunk
-        if len(body) > max_bytes:
+        received += len(chunk)
+        if received > max_bytes:
             raise too_large
-    if len(body) < declared:
+        write(chunk)
+    if received < declared:
         raise DownloadError(f"The download from {host} broke off.")
-    return bytes(body)
 
 
 def _joined(url: str, location: str) -> str:

@@ -63,7 +63,7 @@ def inert_frame_fields(request: "VideoRequest") -> list[str]:
 
 
 def frame_size(request: "VideoRequest", image: np.ndarray | None, resolution: int) -> tuple[int, int]:
-    """(height, width) of the video, for its first `image` (H, W, 3), or None where that is yet to be made.
+    """(height, width) of the video, for its input `image` (H, W, 3), if there is one yet.
 
     `resolution` counts where no width and height are given.
     """
@@ -72,7 +72,7 @@ def frame_size(request: "VideoRequest", image: np.ndarray | None, resolution: in
     if ratio := _ratio(request.aspect_ratio):
         across, down = ratio
         return sides_of_ratio(down, across, resolution)
-    if image is None:
+    if image is None or request.start is not None:  # a made picture is a square, in a checkpoint too
         return resolution, resolution
     return nearest_bucket(*image.shape[:2], resolution)
 

@@ -27,10 +27,12 @@ from core.frame import check_direction, frame_size, inert_frame_fields
 from core.images import Fetch, decode_image
 from core.keyframes import Keyframe, decode_keyframes
 from core.latents import check_transformer
+from core.lora_files import shown_name
 from core.outputs import Failure, Made, Turn, all_warnings, make_outputs
 from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
 from core.pipeline.caching import cache_threshold, step_caches
 from core.pipeline.checkpoint import Checkpoint
+from core.pipeline.loras import ChosenLora, fit_loras, load_loras, lora_warnings
 from core.progress import Progress
 from core.request import MAX_SEED, VideoRequest, echo_of, parse_request
 from core.resume import Handover, open_saved
@@ -77,12 +79,22 @@ def run_job(
         resolution = request.resolution or models.profile.resolution
         size = frame_size(request, images.get("input_image"), resolution)
         keyframes = decode_keyframes(request.sections, fetch, size, check_cancelled)
+
+    def check() -> None:
+        check_cancelled()
+        deadline.check()
+
+    with timer.span("loras"):
+        loras = load_loras(request.loras, settings, models.lora_cache, deadline, check)
     seed = saved.seed if saved else _seed(request)
     with timer.span("model_load"):
         models.use_direction(direction)
+    # these refuse what the model cannot have
+    step_caches(request, models.direction, models.magnitudes)
+    _, told = fit_loras(models.transformer, loras)
     if saved:
+        models.use_loras(loras, check)  # as when the latents were made
         check_transformer(saved, models)
-    step_caches(request, models.direction, models.magnitudes)  # refuses what the model cannot have
     if models.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(models.device)
 
@@ -94,6 +106,7 @@ def run_job(
         sums,
         keyframes,
         saved.checkpoint if saved else None,
+        loras,
         job_id,
         deadline,
         check_cancelled,
@@ -101,7 +114,7 @@ def run_job(
     )
     outputs, failure = make_outputs(job.make, seed, request.num_outputs, timer, report)
     parameters = _parameters(request, seed, models, keyframes)
-    return _reply(request, models, seed, parameters, outputs, failure, timer)
+    return _reply(request, models, seed, parameters, told, outputs, failure, timer)
 
 
 @dataclass(frozen=True)
@@ -115,15 +128,22 @@ class _Job:
     sums: dict[str, str]  # SHA-256 of their files, as far as there are any
     keyframes: dict[int, Keyframe]  # by their places in the request's `sections`
     resumed: Checkpoint | None
+    loras: tuple[ChosenLora, ...]
     job_id: str
     deadline: Deadline
     check_cancelled: Callable[[], None]
     deliver: Deliver
 
+    def check(self) -> None:
+        """Raises when the job is cancelled or its time is up."""
+        self.check_cancelled()
+        self.deadline.check()
+
     @property
     def reproducible(self) -> bool:
         """Whether the parameters and the images' files make the video again."""
-        return self.request.start is not None or "input_image" in self.sums
+        begins = self.request.start is not None or "input_image" in self.sums
+        return begins and all(lora.url is None for lora in self.request.loras)
 
     def make(self, turn: Turn) -> Made:
         """One video, generated and delivered; its file is gone when this returns."""
@@ -144,6 +164,8 @@ class _Job:
                 return embedded(alone, self.models.profile.name, self.sums)
 
             def generate(frugal: bool = False) -> GeneratedVideo:
+                with turn.timer.span("loras"):
+                    self.models.use_loras(self.loras, self.check)
                 return generate_video_sync(
                     self.models,
                     self.images.get("input_image"),
@@ -204,6 +226,7 @@ def _reply(
     models: Models,
     seed: int,
     parameters: dict,
+    loras: list[dict],
     outputs: list[Made],
     failure: Failure | None,
     timer: JobTimer,
@@ -217,7 +240,8 @@ def _reply(
         "fps": request.fps,
         "requested_s": request.total_second_length,
         "parameters": parameters | {"shift": first.video.shift},
-        "warnings": all_warnings(outputs) + ([failure.sentence] if failure else []),
+        "loras": loras,
+        "warnings": all_warnings(outputs) + lora_warnings(loras) + ([failure.sentence] if failure else []),
         "worker": _worker(models, any(output.retried for output in outputs)),
     }
     if request.num_outputs == 1:
@@ -264,6 +288,7 @@ def _parameters(request: VideoRequest, seed: int, models: Models, keyframes: dic
     for place, keyframe in keyframes.items():
         used["sections"][place]["image"] = f"sha256:{keyframe.sha256}"
     return used | {
+        "loras": [{"name": shown_name(lora), "weight": lora.weight} for lora in request.loras],
         "seed": seed,
         "codec": codec_of(request.format, request.codec),
         "model": models.direction,
@@ -368,12 +393,14 @@ def _job_timings(timer: JobTimer) -> dict:
     return {
         "input": timer.seconds("input"),
         "model_load": timer.seconds("model_load"),
+        "loras": timer.seconds("loras"),
         "total": timer.total(),
     }
 
 
 def _output_timings(timer: JobTimer) -> dict:
     return {
+        "loras": timer.seconds("loras"),
         "text_encode": timer.seconds("text_encode"),
         "encodings": timer.encodings,
         "image_encode": {"vae": timer.seconds("vae_encode"), "clip_vision": timer.seconds("clip_vision")},

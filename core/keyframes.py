@@ -36,8 +36,8 @@ def decode_keyframes(
         check_cancelled()
         file = hashlib.sha256()
         try:
-            pixels = decode_image(section.image, fetch, file.update, f"image of `sections[{place}]`")
+            pixels = decode_image(section.image, fetch, file.update, f"image of `sections.{place}`")
         except (UrlRefusedError, DownloadError) as error:
-            raise type(error)(f"`sections[{place}].image`: {error}") from None
+            raise type(error)(f"`sections.{place}.image`: {error}") from None
         keyframes[place] = Keyframe(resize_and_center_crop(pixels, *size), file.hexdigest())
     return keyframes

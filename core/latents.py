@@ -20,6 +20,7 @@ import torch
 
 from core.errors import LatentsError, LatentsMismatchError
 from core.frame import frame_size
+from core.lora_files import shown_name
 from core.pipeline.caching import cache_threshold
 from core.pipeline.checkpoint import Checkpoint
 from core.pipeline.models import Models
@@ -74,6 +75,10 @@ def job_of(request: VideoRequest, seed: int, models: Models, direction: str, sec
         used[name] = used[name] and _digest(json.dumps(used[name]).encode())
     timed = request.model_dump_json(include={"sections"}).encode()
     return used | {
+        "loras": [
+            {"name": shown_name(lora), "weight": lora.weight, "url": lora.url and _digest(lora.url.encode())}
+            for lora in request.loras
+        ],
         "cache": request.cache_kind,
         "cache_threshold": cache_threshold(request),
         "seed": seed,

@@ -69,6 +69,27 @@ class S3Config(BaseModel):
     prefix: str = Field("", description="Put before the video's key.", max_length=512)
 
 
+class LoraChoice(BaseModel):
+    """One LoRA: a file that the worker has, or a URL."""
+
+    model_config = STRICT
+
+    name: str | None = Field(
+        None,
+        description="File in the worker's folder of LoRAs; a plain name.",
+        pattern=r"^\w[\w .()+,&@=~'!-]*\.safetensors$",
+        max_length=255,
+    )
+    url: str | None = Field(
+        None,
+        description="https URL of a .safetensors file, from the hosts that the worker allows.",
+        pattern=r"^https://",
+        max_length=4096,
+        repr=False,
+    )
+    weight: float = Field(1.0, description="Strength; below 0 for the opposite.", ge=-4, le=4)
+
+
 class TimedSection(BaseModel):
     """A prompt, a keyframe image, or both, for a part of the video."""
 
@@ -263,6 +284,10 @@ class VideoRequest(BaseModel):
         pattern=r"^(auto|[1-9][0-9]{0,3}:[1-9][0-9]{0,3})$",
     )
 
+    loras: list[LoraChoice] = _field(
+        [], "LoRAs added to the transformer's weights for this job, all at once.", max_length=8, repr=False
+    )
+
     @property
     def cache_kind(self) -> str:
         """`cache`, or what `use_teacache` says in its place."""
@@ -270,6 +295,8 @@ class VideoRequest(BaseModel):
 
 
 SECRETS = ("input_image", "end_image", "s3_config", "resume_latents")  # never shown or echoed
+NESTED: dict[str, type[BaseModel]] = {"s3_config": S3Config, "loras": LoraChoice, "sections": TimedSection}
+LISTS = ("loras", "sections")
 
 FORMS = {
     "start": "black, white, noise or a colour such as #1a2b3c",
@@ -316,11 +343,19 @@ def parse_request(data: Any) -> VideoRequest:
     if faults:
         raise RequestError(_sentence(faults))
     check_frame(request)
+    check_loras(request)
     _check_shift(request)
     _check_resumed(request)
     check_file(request.format, request.codec, request.fps)
     read_timeline(request.prompt, request.sections)
     return _with_one_cache(request)
+
+
+def check_loras(request: VideoRequest) -> None:
+    """Each LoRA is named once: by its file or by its URL."""
+    for number, lora in enumerate(request.loras):
+        if (lora.name is None) == (lora.url is None):
+            raise RequestError(f"`loras.{number}` must have a `name` or a `url`, and not both.")
 
 
 def _check_shift(request: VideoRequest) -> None:
@@ -376,12 +411,12 @@ def _fault(fault: dict[str, Any]) -> str:
     name, kind = _path(fault), fault["type"]
     context = fault.get("ctx", {})
     field, _, part = name.partition(".")
-    secret = field in SECRETS or part == "image"
+    part = part.lstrip("0123456789.") if field in LISTS else part
+    secret = field in SECRETS or (field == "sections" and part == "image")
     got = f"(got {_kind(fault['input']) if secret else _show(fault['input'])})"
     if kind == "extra_forbidden":
-        known = [*VideoRequest.model_fields, *ALIASES]
-        if part:
-            known = (S3Config if field == "s3_config" else TimedSection).model_fields
+        nested = part and field in NESTED  # a stranger's name may have dots of its own
+        known = NESTED[field].model_fields if nested else [*VideoRequest.model_fields, *ALIASES]
         near = difflib.get_close_matches(part or field, known, n=1)
         return f"`{_short(name)}` is not a known field" + (f" (did you mean `{near[0]}`?)" if near else "")
     match kind:
@@ -402,9 +437,9 @@ def _fault(fault: dict[str, Any]) -> str:
                 f"`{name}` must have at most {context['max_length']} characters (got {len(fault['input'])})"
             )
         case "too_long":
-            return (
-                f"`{name}` must have at most {context['max_length']} entries (got {context['actual_length']})"
-            )
+            return f"`{name}` must have at most {context['max_length']} entries (got {len(fault['input'])})"
+        case "list_type":
+            return f"`{name}` must be a list {got}"
         case "finite_number":
             return f"`{name}` must be a finite number {got}"
         case "literal_error":
@@ -413,6 +448,10 @@ def _fault(fault: dict[str, Any]) -> str:
             return f"`{name}` must be valid Unicode text"
         case "string_pattern_mismatch" if field in FORMS:
             return f"`{name}` must be {FORMS[field]} {got}"
+        case "string_pattern_mismatch" if field == "loras":
+            return f"`{name}` must " + (
+                "start with https://" if part == "url" else "be a plain file name that ends in .safetensors"
+            )
         case "string_pattern_mismatch" if part == "endpointUrl":
             return f"`{name}` must be of the form https://host"
         case "string_pattern_mismatch":
@@ -424,18 +463,16 @@ def _fault(fault: dict[str, Any]) -> str:
         "float": "a number",
         "string": "a string",
         "bool": "true or false",
-        "list": "a list",
     }
     noun = wanted.get(kind.removesuffix("_type").removesuffix("_from_float").removesuffix("_parsing"))
     return f"`{name}` must be {noun} {got}" if noun else f"`{name}`: {fault['msg']} {got}"
 
 
 def _path(fault: dict[str, Any]) -> str:
-    """`field`, `s3_config.part` or `sections[0].part`, without what pydantic adds for a union's members."""
+    """`field`, `s3_config.part` or `loras.0.part`; what pydantic adds for a union's members is left out."""
     field, *parts = map(str, fault["loc"])
-    if field == "sections" and parts:
-        return ".".join([f"sections[{parts[0]}]", *parts[1:2]])
-    return ".".join([field, *parts[:1]]) if field == "s3_config" else field
+    depth = 2 if field in LISTS else 1 if field == "s3_config" else 0
+    return ".".join([field, *parts[:depth]])
 
 
 def _show(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ class Settings:
 
     model_profile: str = "framepack"  # MODEL_PROFILE: framepack | framepack-f1 | demo
     memory_mode: str = "auto"  # MEMORY_MODE: auto | resident | swap
+    keep_both_models: bool = True  # KEEP_BOTH_MODELS: I2V and F1, once both were used, where memory allows
     framepack_model: str | None = None  # FRAMEPACK_MODEL: the I2V transformer, at the root
     framepack_f1_model: str | None = None  # FRAMEPACK_F1_MODEL: the F1 transformer, at the root
     hunyuan_model: str | None = None  # HUNYUAN_MODEL: tokenizer(_2)/ text_encoder(_2)/ vae/
@@ -38,6 +40,12 @@ class Settings:
     upload_timeout_s: float = 300.0  # UPLOAD_TIMEOUT_S: longest upload of one video
     input_hosts: tuple[str, ...] = ()  # INPUT_HOSTS: where input URLs may lead, with commas; unset: anywhere
     download_timeout_s: float = 30.0  # DOWNLOAD_TIMEOUT_S: longest download of one input
+    lora_dir: str | None = None  # LORA_DIR: the LoRAs that requests name; unset: loras/ on the volume
+    lora_hosts: tuple[str, ...] = ()  # LORA_HOSTS: where LoRAs' URLs may lead, with commas; unset: nowhere
+    lora_max_mb: float = 2000.0  # LORA_MAX_MB: largest LoRAs of one job together, and of those kept in memory
+    lora_timeout_s: float = 300.0  # LORA_TIMEOUT_S: longest download of one LoRA
+    lora_cache_dir: str | None = None  # LORA_CACHE_DIR: keeps downloaded ones; unset: in the temporary folder
+    lora_cache_gb: float = 10.0  # LORA_CACHE_GB: most that these may take
     job_timeout_s: float = math.inf  # JOB_TIMEOUT_S: most any job may take; unset: no limit
     volume_dir: Path = Path("/runpod-volume")  # VOLUME_DIR: keeps videos that could not be delivered
     encoding_cache_mb: float = 256.0  # ENCODING_CACHE_MB: of host memory for encoded prompts and images
@@ -50,6 +58,9 @@ class Settings:
         _within("URL_EXPIRES_S", self.url_expires_s, 60, 7 * 24 * 3600)
         _within("UPLOAD_TIMEOUT_S", self.upload_timeout_s, 1, 24 * 3600)
         _within("DOWNLOAD_TIMEOUT_S", self.download_timeout_s, 1, 3600)
+        _within("LORA_TIMEOUT_S", self.lora_timeout_s, 1, 3600)
+        _within("LORA_CACHE_GB", self.lora_cache_gb, 0.001, 10_000)
+        _within("LORA_MAX_MB", self.lora_max_mb, 1, 1000 * self.lora_cache_gb)
         _within("JOB_TIMEOUT_S", self.job_timeout_s, 1, math.inf)
         _within("ENCODING_CACHE_MB", self.encoding_cache_mb, 0, 100_000)
         _within("MIN_FREE_DISK_GB", self.min_free_disk_gb, 0, 1000)
@@ -61,6 +72,14 @@ class Settings:
         if self.volume_dir == Settings.volume_dir and not self.volume_dir.is_mount():
             return None
         return self.volume_dir if self.volume_dir.is_dir() else None
+
+    @property
+    def lora_folder(self) -> Path:
+        return Path(self.lora_dir) if self.lora_dir else self.volume_dir / "loras"
+
+    @property
+    def lora_cache(self) -> Path:
+        return Path(self.lora_cache_dir or Path(tempfile.gettempdir()) / "framepack-loras")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":

@@ -114,10 +114,10 @@ def read_timeline(prompt: str, sections: Sequence["TimedSection"] = ()) -> Timel
     base, entries = _timed_parts(prompt)
     for index, section in enumerate(sections):
         if section.prompt is None and section.image is None:
-            raise RequestError(f"`sections[{index}]` must have a `prompt` or an `image`.")
+            raise RequestError(f"`sections.{index}` must have a `prompt` or an `image`.")
         entries.append(
             TimedEntry(
-                f"`sections[{index}]`",
+                f"`sections.{index}`",
                 section.start_s,
                 math.inf if section.end_s is None else section.end_s,
                 section.prompt,

@@ -69,6 +69,11 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
 
 
+def is_pinned(model: nn.Module) -> bool:
+    """Whether its host copy is pinned, as it is from its first use until `forget`."""
+    return model in _pinned
+
+
 def bytes_on_gpu(module: nn.Module) -> int:
     return sum(t.nbytes for t in [*module.parameters(), *module.buffers()] if t.is_cuda)
 

@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from core.request import ALIASES, SECRETS, TimedSection, VideoRequest
+from core.request import ALIASES, SECRETS, LoraChoice, TimedSection, VideoRequest
 
 # in every text that is nobody's business; computed, as hypothesis takes ideas from constants in the source
 SECRET = hashlib.sha256(b"a stranger's secret").hexdigest()[:16]
@@ -102,16 +102,15 @@ def _of_type(kind: Any, field: FieldInfo) -> SearchStrategy:
             return st.from_regex(pattern, fullmatch=True)
         return st.text(min_size=_limit(field, "min_length") or 0, max_size=_limit(field, "max_length"))
     if get_origin(kind) is list:
-        return lists_of(get_args(kind)[0])
+        each = _of_type(get_args(kind)[0], field)
+        if get_args(kind)[0] is TimedSection:
+            return st.lists(each, max_size=3).map(_one_after_the_other)
+        return st.lists(each, max_size=_limit(field, "max_length"))
+    if kind is LoraChoice:
+        return good_objects(LoraChoice).map(_named_once)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return good_objects(kind)
     return st.from_type(kind)
-
-
-def lists_of(kind: Any) -> SearchStrategy:
-    """Timed sections that do not overlap; of anything else, what each should be by itself."""
-    objects = st.lists(good_objects(kind), max_size=3)
-    return objects.map(_one_after_the_other) if kind is TimedSection else objects
 
 
 def _one_after_the_other(sections: list[dict]) -> list[dict]:
@@ -123,6 +122,13 @@ def _one_after_the_other(sections: list[dict]) -> list[dict]:
         | ({"end_s": 2.0 * k + 1} if "end_s" in section else {})
         for k, section in enumerate(sections)
     ]
+
+
+def _named_once(lora: dict) -> dict:
+    """By its URL, if it has one, or by its name."""
+    if lora.get("url") is None:
+        return lora | {"name": lora.get("name") or "a.safetensors"}
+    return lora | {"name": None}
 
 
 def edge_values(field: FieldInfo) -> SearchStrategy:

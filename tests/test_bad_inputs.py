@@ -77,7 +77,7 @@ REFUSED = {
         "overlapping sections": (
             quick_input(sections=[{"start_s": 0, "end_s": 2, "prompt": "a"}, {"start_s": 1, "prompt": "b"}]),
             "invalid_request",
-            "`sections[0]` (0–2 s) and `sections[1]` (1 s on) overlap",
+            "`sections.0` (0–2 s) and `sections.1` (1 s on) overlap",
         ),
         "a timed part without its unit": (
             quick_input(prompt="a cat [1-3s: it sleeps]"),
@@ -87,12 +87,12 @@ REFUSED = {
         "a keyframe that is no image": (
             quick_input(sections=[{"start_s": 0, "image": "aGVsbG8="}]),
             "invalid_image",
-            "The image of `sections[0]` is not a PNG",
+            "The image of `sections.0` is not a PNG",
         ),
         "a keyframe of this machine": (
             quick_input(sections=[{"start_s": 0, "image": "https://127.0.0.1/cat.png"}]),
             "url_refused",
-            "`sections[0].image`: The host 127.0.0.1",
+            "`sections.0.image`: The host 127.0.0.1",
         ),
     },
     "size": {

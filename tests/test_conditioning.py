@@ -161,7 +161,7 @@ class TestPrompts:
     def test_too_long_a_timed_prompt_is_named(self, sample):
         job = sample(sections=[{"start_s": 0.3, "end_s": 0.6, "prompt": "word " * 100}])
         assert job.conditioning.warnings == (
-            "`sections[0]` (0.3–0.6 s) is longer than the 256 tokens the model reads; the rest was ignored.",
+            "`sections.0` (0.3–0.6 s) is longer than the 256 tokens the model reads; the rest was ignored.",
         )
 
 
@@ -237,7 +237,7 @@ class TestKeyframes:
         job = sample(sections=[{"start_s": 50, "image": 1}])
         assert job.timer.encodings["misses"] == 3
         assert job.conditioning.warnings == (
-            "`sections[0]` (50 s on) had no effect: the video ends at 1.1 s.",
+            "`sections.0` (50 s on) had no effect: the video ends at 1.1 s.",
         )
 
     def test_the_input_image_as_keyframe_changes_nothing(self, sample):
@@ -261,10 +261,10 @@ class TestDecoding:
     @pytest.mark.parametrize(
         ("image", "kind", "sentence"),
         [
-            ("!", ImageError, "The image of `sections[1]` is not valid base64."),
-            ("aGVsbG8=", ImageError, "The image of `sections[1]` is not a PNG, JPEG or WebP."),
-            ("data:,x", ImageError, "The image of `sections[1]`'s data URI must be base64."),
-            ("A" * 30_000_000, ImageTooLargeError, "The image of `sections[1]` has over 20 MB."),
+            ("!", ImageError, "The image of `sections.1` is not valid base64."),
+            ("aGVsbG8=", ImageError, "The image of `sections.1` is not a PNG, JPEG or WebP."),
+            ("data:,x", ImageError, "The image of `sections.1`'s data URI must be base64."),
+            ("A" * 30_000_000, ImageTooLargeError, "The image of `sections.1` has over 20 MB."),
         ],
         ids=["base64", "text", "data URI", "size"],
     )
@@ -282,7 +282,7 @@ class TestDecoding:
 
         with pytest.raises(kind) as caught:
             decode_keyframes(self.sections("https://images.test/a.png"), fetch, (96, 160))
-        assert str(caught.value) == "`sections[0].image`: The URL is not valid."
+        assert str(caught.value) == "`sections.0.image`: The URL is not valid."
 
 
 @pytest.mark.usefixtures("quick_decode")
@@ -313,5 +313,5 @@ class TestJobs:
 
     def test_a_bad_keyframe_is_refused_before_any_model_is_used(self, data, tiny_models, monkeypatch):
         monkeypatch.setattr("core.job.generate_video_sync", None)
-        with pytest.raises(RequestError, match=r"The image of `sections\[0\]` is not a PNG"):
+        with pytest.raises(RequestError, match=r"The image of `sections.0` is not a PNG"):
             run_job(data | {"sections": [{"start_s": 0, "image": "aGVsbG8="}]}, tiny_models)

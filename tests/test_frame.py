@@ -16,7 +16,14 @@ from PIL import Image
 import core.pipeline
 import core.pipeline.sampling
 import serverless_handler
-from core.errors import DownloadError, ImageError, RequestError, TooLargeForMemoryError
+from core.errors import (
+    DownloadError,
+    ImageError,
+    LatentsMismatchError,
+    RequestError,
+    TimeLimitError,
+    TooLargeForMemoryError,
+)
 from core.frame import frame_size, start_picture
 from core.job import run_job
 from core.pipeline import generate_video_sync
@@ -26,6 +33,7 @@ from core.reproduce import request_of
 from core.request import VideoRequest, parse_request
 from core.worker import Worker
 from diffusers_helper.buckets import resize_and_center_crop, sides_of_ratio
+from tests.test_resume import time_up_after
 
 GOLDEN = Path(__file__).parent / "golden"
 GIB = 1024**3
@@ -477,6 +485,7 @@ class TestOnAGpu:
                 tile_sample_min_num_frames=16,
             ),
             modules=lambda: [],
+            idle=[],
         )
 
     def free(self, monkeypatch, gib):
@@ -495,6 +504,12 @@ class TestOnAGpu:
         else:
             with pytest.raises(TooLargeForMemoryError, match=f"GPU memory, and {gib}.0 GB can be had"):
                 check_capacity(models, plan, 2048, 2048)
+
+    def test_what_an_idle_transformer_takes_can_be_had(self, models, monkeypatch):
+        self.free(monkeypatch, 20)
+        models.idle = ["a transformer of 28 GB"]
+        monkeypatch.setattr("core.pipeline.capacity.memory.bytes_on_gpu", lambda module: 28 * GIB)
+        check_capacity(models, plan_sections(5, 9, "i2v"), 2048, 2048)
 
     def test_a_long_window_counts(self, models, monkeypatch):
         self.free(monkeypatch, 11)
@@ -554,16 +569,26 @@ def test_each_of_several_outputs_is_what_its_seed_alone_gives(fields, tiny_model
     "fields",
     [
         {"input_image": IMAGE, "end_image": END, "width": 80, "height": 64},
+        {"input_image": IMAGE, "end_image": END, "end_image_mode": "embedding", "aspect_ratio": "4:1"},
         {"start": "noise", "aspect_ratio": "2:1", "resolution": 256},
+        {"start": "#336699"},
     ],
+    ids=str,
 )
 def test_latents_are_gone_on_from(fields, tiny_models):
-    data = SHORT | fields | {"steps": 1, "embed_parameters": False}
-    made = run_job(data | {"return_latents": True}, tiny_models)
+    """Sections that are yet to be sampled see the end image as they would have, and sizes stay."""
+    data = SHORT | fields | {"latent_window_size": 2, "embed_parameters": False}
+    whole = run_job(data, tiny_models)
+    with time_up_after(1), pytest.raises(TimeLimitError) as caught:
+        run_job(data | {"return_latents": True}, tiny_models)
     rest = {name: value for name, value in data.items() if name != "input_image"}
-    again = run_job(rest | {"resume_latents": made["latents_base64"]}, tiny_models)
-    assert again["resumed_sections"] == again["sections"]
-    assert again["video_base64"] == made["video_base64"]
+    rest["resume_latents"] = caught.value.details["latents_base64"]
+    again = run_job(rest, tiny_models)
+    assert again["resumed_sections"] == 2 < again["sections"] == 4
+    assert again["video_base64"] == whole["video_base64"]
+    if "end_image" in fields:
+        with pytest.raises(LatentsMismatchError, match="`end_image`"):
+            run_job(rest | {"end_image": IMAGE}, tiny_models)
 
 
 @pytest.mark.usefixtures("quick_decode")

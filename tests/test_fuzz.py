@@ -43,6 +43,7 @@ from core.errors import (
 from core.fetch import fetch_url
 from core.guard import PORTS, check_url
 from core.images import decode_image
+from core.pipeline.loras import LoraCache
 from core.pipeline.profiles import load_profile
 from core.request import ALIASES, S3Config, VideoRequest, echo_of, parse_request
 from core.settings import Settings
@@ -312,6 +313,8 @@ def models(monkeypatch) -> SimpleNamespace:
         magnitudes=dict(PUBLISHED),
         transformer=SimpleNamespace(config=SimpleNamespace(patch_size=2)),
         use_direction=lambda direction: None,
+        lora_cache=LoraCache(),
+        use_loras=lambda loras, check: [],
         memory_mode="resident",
         transformer_dtype=torch.float32,
         load_seconds=0.0,
@@ -324,6 +327,7 @@ REFUSALS = {
     "image_too_large",
     "invalid_latents",
     "latents_not_found",
+    "invalid_lora",
     "url_refused",
     "download_failed",
     "download_too_large",
@@ -425,6 +429,7 @@ SHORT = (
     "width",
     "height",
     "aspect_ratio",
+    "loras",
 )
 ANY = {name: good_values(field) for name, field in VideoRequest.model_fields.items() if name not in SHORT}
 KEYFRAME = to_base64(samples()["PNG"][0])

@@ -175,7 +175,7 @@ def test_the_library_class_gives_the_same_velocity(tiny_models, size):
             shared["guidance"],
         )
         for timestep in (1000.0, 600.0, 20.0):
-            shared |= {"hidden_states": randn(1, 16, 9, 24, 16), "timestep": torch.tensor([timestep])}
+            shared |= {"hidden_states": randn(1, 16, 9, *size), "timestep": torch.tensor([timestep])}
             expected = library(**shared, **vars(history), return_dict=False)[0]
             velocity = ours.velocity(shared["hidden_states"], shared["timestep"], prepared, condition)
             assert torch.equal(velocity, expected)

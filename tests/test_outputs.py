@@ -51,7 +51,7 @@ class TestSeveral:
         assert reply["outputs"][0]["video_base64"] != reply["outputs"][1]["video_base64"]
 
         assert reply["seed"] == MAX_SEED and reply["parameters"]["num_outputs"] == 2
-        assert reply["timings"].keys() == {"input", "model_load", "total"}
+        assert reply["timings"].keys() == {"input", "model_load", "loras", "total"}
         first, second = (output["timings"] for output in reply["outputs"])
         assert first["text_encode"] > 0 == second["text_encode"] == second["image_encode"]["vae"]
         assert all(t["total"] > t["mp4_encode"] > 0 and len(t["sections"]) == 1 for t in (first, second))

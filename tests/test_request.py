@@ -53,6 +53,7 @@ DEFAULTS = {
     "width": None,
     "height": None,
     "aspect_ratio": None,
+    "loras": [],
     "sections": [],
     "blend_sections": 0,
 }

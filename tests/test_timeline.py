@@ -115,9 +115,9 @@ class TestSections:
         sections = [TimedSection(start_s=3.0, image="aW1n"), TimedSection(start_s=0.0, end_s=1.0, prompt="a")]
         timeline = read_timeline("base [1s: b]", sections)
         assert timeline.entries == (
-            TimedEntry("`sections[1]`", 0, 1, "a"),
+            TimedEntry("`sections.1`", 0, 1, "a"),
             TimedEntry("`prompt`", 1, 3, "b"),
-            TimedEntry("`sections[0]`", 3, math.inf, None, keyframe=0),
+            TimedEntry("`sections.0`", 3, math.inf, None, keyframe=0),
         )
         assert timeline.prompt_at(0.5) == "a" and timeline.prompt_at(2.999) == "b"
         assert timeline.prompt_at(3) == timeline.prompt_at(1000) == "base"
@@ -133,12 +133,12 @@ class TestSections:
             (
                 "x",
                 [{"start_s": 2, "prompt": "a"}, {"start_s": 2, "prompt": "b"}],
-                "`sections[0]` (2 s on) and `sections[1]` (2 s on) overlap; a time can have one of them.",
+                "`sections.0` (2 s on) and `sections.1` (2 s on) overlap; a time can have one of them.",
             ),
             (
                 "[0s-5s: a]",
                 [{"start_s": 2, "end_s": 3, "image": "b"}],
-                "`prompt` (0–5 s) and `sections[0]` (2–3 s) overlap; a time can have one of them.",
+                "`prompt` (0–5 s) and `sections.0` (2–3 s) overlap; a time can have one of them.",
             ),
         ],
     )
@@ -148,31 +148,31 @@ class TestSections:
     @pytest.mark.parametrize(
         ("section", "sentence"),
         [
-            (5, "`sections[0]` must be an object (got 5)."),
-            ({}, "`sections[0].start_s` is required."),
-            ({"start_s": 1}, "`sections[0]` must have a `prompt` or an `image`."),
-            ({"start_s": -1, "prompt": "a"}, "`sections[0].start_s` must be at least 0 (got -1)."),
-            ({"start_s": 3601, "prompt": "a"}, "`sections[0].start_s` must be at most 3600 (got 3601)."),
+            (5, "`sections.0` must be an object (got 5)."),
+            ({}, "`sections.0.start_s` is required."),
+            ({"start_s": 1}, "`sections.0` must have a `prompt` or an `image`."),
+            ({"start_s": -1, "prompt": "a"}, "`sections.0.start_s` must be at least 0 (got -1)."),
+            ({"start_s": 3601, "prompt": "a"}, "`sections.0.start_s` must be at most 3600 (got 3601)."),
             (
                 {"start_s": "1", "prompt": "a"},
-                '`sections[0].start_s` must be a number (got the string "1").',
+                '`sections.0.start_s` must be a number (got the string "1").',
             ),
             (
                 {"start_s": 0, "end_s": math.nan, "prompt": "a"},
-                "`sections[0].end_s` must be a finite number (got NaN).",
+                "`sections.0.end_s` must be a finite number (got NaN).",
             ),
-            ({"start_s": 2, "end_s": 2, "prompt": "a"}, "`sections[0]` (2–2 s) must end after it starts."),
-            ({"start_s": 1, "prompt": ""}, "`sections[0].prompt` must not be empty."),
+            ({"start_s": 2, "end_s": 2, "prompt": "a"}, "`sections.0` (2–2 s) must end after it starts."),
+            ({"start_s": 1, "prompt": ""}, "`sections.0.prompt` must not be empty."),
             (
                 {"start_s": 1, "prompt": "x" * 4001},
-                "`sections[0].prompt` must have at most 4000 characters (got 4001).",
+                "`sections.0.prompt` must have at most 4000 characters (got 4001).",
             ),
-            ({"start_s": 1, "prompt": "\ud800"}, "`sections[0].prompt` must be valid Unicode text."),
-            ({"start_s": 1, "image": ["secret"]}, "`sections[0].image` must be a string (got a list)."),
-            ({"start_s": 1, "image": 5}, "`sections[0].image` must be a string (got a number)."),
+            ({"start_s": 1, "prompt": "\ud800"}, "`sections.0.prompt` must be valid Unicode text."),
+            ({"start_s": 1, "image": ["secret"]}, "`sections.0.image` must be a string (got a list)."),
+            ({"start_s": 1, "image": 5}, "`sections.0.image` must be a string (got a number)."),
             (
                 {"start_s": 1, "promt": "a"},
-                "`sections[0].promt` is not a known field (did you mean `prompt`?).",
+                "`sections.0.promt` is not a known field (did you mean `prompt`?).",
             ),
         ],
         ids=repr,
@@ -256,7 +256,7 @@ class TestWithoutEffect:
 
     def test_between_two_middles(self):
         assert self.sentences("base", {"start_s": 2.0, "end_s": 2.5, "image": "x"}) == [
-            "`sections[0]` (2–2.5 s) had no effect: no section has its middle there, the nearest is at 1.8 s."
+            "`sections.0` (2–2.5 s) had no effect: no section has its middle there, the nearest is at 1.8 s."
         ]
 
     def test_a_prompt_that_timed_ones_replace_throughout(self):

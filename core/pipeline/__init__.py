@@ -88,6 +88,7 @@ def generate_video_sync(
     `shared` is the conditioning of an earlier video of the same request; `embed` makes a text for the file
     from the parameters that were only decided here.
     `recorder` has what can be gone on from; `resumed` is what to go on from, and its image the `input_image`.
+    The transformer's LoRAs are not looked at: `models.use_loras` has them in place before.
     Reproduces the official `worker`, except that the start latent follows from the seed.
     """
     seed = request.seed if seed is None else seed

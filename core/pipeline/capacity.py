@@ -28,7 +28,7 @@ def check_capacity(models: Models, plan: SectionPlan, height: int, width: int) -
     if device.type == "cpu":
         _check(video + needed, available_memory(), "memory", plan, height, width)
     else:
-        freed = sum(map(memory.bytes_on_gpu, models.modules()))
+        freed = sum(map(memory.bytes_on_gpu, [*models.modules(), *models.idle]))
         _check(needed, memory.free_gpu_memory(device) + freed, "GPU memory", plan, height, width)
         _check(video, available_memory(), "memory", plan, height, width)
 

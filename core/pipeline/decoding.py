@@ -9,7 +9,6 @@ from core.pipeline.clips import ClipStore
 from core.pipeline.models import Models
 from core.pipeline.sections import SectionPlan
 from core.timing import JobTimer
-from diffusers_helper import memory
 from diffusers_helper.blending import SectionJoiner
 from diffusers_helper.vae import DecodedTiles, decode_latents
 
@@ -61,9 +60,8 @@ class VideoDecoder:
         return self._joiner.clips(prepended=self._prepends)
 
     def _fits(self, latents: torch.Tensor) -> bool:
-        if self._models.device.type == "cpu":
-            return True
-        return memory.free_gpu_memory(self._models.device) >= untiled_decode_bytes(self._models.vae, latents)
+        models = self._models
+        return models.device.type == "cpu" or models.has_gpu_memory(untiled_decode_bytes(models.vae, latents))
 
 
 def untiled_decode_bytes(vae, latents: torch.Tensor) -> int:

@@ -2,10 +2,11 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
@@ -21,11 +22,15 @@ from transformers import (
 )
 
 from core.errors import ModelError
-from core.pipeline import magnitudes, weights
+from core.pipeline import weights
 from core.pipeline.encoding_cache import EncodingCache
+from core.pipeline.loras import ChosenLora, LoraCache, fit_loras
+from core.pipeline.magnitudes import Curves, curves_of
 from core.pipeline.profiles import Direction, ModelProfile, Source, load_profile
 from core.settings import Settings
 from diffusers_helper import memory
+from diffusers_helper.host_memory import free_host_memory
+from diffusers_helper.lora import Merge, Updates
 from diffusers_helper.text import PromptEncoder, template_crop
 from diffusers_helper.transformer import FramePackTransformer
 from diffusers_helper.vae import attend_framewise
@@ -36,6 +41,10 @@ MODULES = ("text_encoder", "text_encoder_2", "image_encoder", "vae", "transforme
 STREAMED = ("text_encoder", "transformer")  # too large to move as a whole onto a small card
 RESIDENT_HEADROOM_GB = 22.0  # the untiled VAE decode, the largest user besides weights
 ENCODER_HEADROOM_GB = 1.5  # activations of the text encoders for a few hundred tokens, and cuBLAS
+HOST_HEADROOM_GB = 12.0  # a job's frames (4.2 GB for two minutes at 640), LoRAs, ffmpeg, and room to spare
+
+
+LoraSet = list[tuple[tuple[int, ...], float]]  # files and weights
 
 
 class Models:
@@ -43,7 +52,8 @@ class Models:
 
     Attributes are the hub folders' names: tokenizer, text_encoder, tokenizer_2, text_encoder_2, vae,
     feature_extractor, image_encoder; `transformer` is the one for `direction`, `magnitudes` are its curves
-    for MagCache. `encodings` has what the encoders made for earlier jobs.
+    for MagCache. The other direction's stays loaded once it was used, where memory allows. `encodings` has
+    what the encoders made for earlier jobs.
     """
 
     def __init__(
@@ -80,37 +90,86 @@ class Models:
         attend_framewise(self.vae)
         self.image_encoder = _load_weights(SiglipVisionModel, redux / "image_encoder", dtype=half)
         self.direction: Direction = profile.direction
-        self.magnitudes: magnitudes.Curves = {}
+        self._magnitudes: WeakKeyDictionary[nn.Module, Curves] = WeakKeyDictionary()
         self.transformer: FramePackTransformer | None = self._load_transformer(transformer)
+        self._idle: dict[Source, FramePackTransformer] = {}  # loaded and not in use, the longest idle first
+        self.lora_cache = LoraCache()
+        # what was merged into a transformer, and for which LoRAs; None where that was broken off
+        self._merges: WeakKeyDictionary[nn.Module, tuple[Merge | None, LoraSet | None]] = WeakKeyDictionary()
 
         self.memory_mode = ""
         self.set_memory_mode(self._fitting_mode() if memory_mode == "auto" else memory_mode)
         self.load_seconds = time.perf_counter() - started
 
+    @property
+    def magnitudes(self) -> Curves:
+        return self._magnitudes[self.transformer]
+
+    @magnitudes.setter
+    def magnitudes(self, curves: Curves) -> None:
+        self._magnitudes[self.transformer] = curves
+
     def use_direction(self, direction: Direction) -> None:
-        """Have the transformer for `direction`; one is kept, and another is loaded when asked for."""
+        """Have the transformer for `direction`, loading it where it is not loaded.
+
+        Others make room for it, the longest idle first, only where memory is short. Raises ModelError; the
+        transformer in use then stays, if there was room for both, or is loaded again when it is asked for.
+        """
         source = self.profile.transformers[direction]
-        if self.transformer is not None and source == self.profile.transformers[self.direction]:
-            self.direction = direction
-            return
-        folder = self._folder(source)
-        if self.transformer is not None:
-            memory.forget(self.transformer)
-            self.transformer = None
-            memory.release_unused_memory(self.device)
-        transformer = self._load_transformer(folder)
-        if self.memory_mode == "resident":
-            transformer.to(self.device)
-        self.transformer, self.direction = transformer, direction
+        if self.transformer is None or source != self.profile.transformers[self.direction]:
+            transformer = self._idle.get(source) or self._load_another(source)
+            if self.transformer is not None:
+                self._idle[self.profile.transformers[self.direction]] = self.transformer
+            self._idle.pop(source, None)
+            self.transformer = transformer
+        self.direction = direction
+
+    def use_loras(self, loras: Sequence[ChosenLora], check: Callable[[], None] = lambda: None) -> None:
+        """Have these LoRAs, and no others, in the transformer's weights.
+
+        They stay there until others, or none, are asked for; so does what is left of a merge that was broken
+        off. Raises LoraError before anything is changed, ModelError where only loading the transformer anew
+        can remove what is there, and what `check` raises.
+        """
+        if self.transformer is None:
+            self.use_direction(self.direction)
+        updates, _ = fit_loras(self.transformer, loras)
+        wanted = [(chosen.file, chosen.weight) for chosen in loras if chosen.weight]
+        _, present = self._merges.get(self.transformer, (None, []))
+        if present != wanted:
+            self._remove_loras()
+            if wanted:
+                self._merge_loras(updates, wanted, check)
+
+    def drop_transformers(self) -> None:
+        """Free them all; `use_direction` loads them anew."""
+        self._drop_idle()
+        self._drop_transformer()
+
+    @property
+    def idle(self) -> list[FramePackTransformer]:
+        """Loaded and not in use; they go where their memory is needed."""
+        return [*self._idle.values()]
+
+    def has_gpu_memory(self, needed: int) -> bool:
+        """Whether `needed` bytes are free on the GPU, idle transformers dropped if that makes it so."""
+        free = memory.free_gpu_memory(self.device)
+        idle = sum(map(memory.weight_bytes, self.idle)) if self.memory_mode == "resident" else 0
+        if free < needed <= free + idle:
+            self._drop_idle()
+            free = memory.free_gpu_memory(self.device)
+        return free >= needed
 
     def set_memory_mode(self, mode: str) -> None:
         """`resident`: every model stays on the GPU. `swap`: each is there only while it is used.
 
-        On a CPU there is only `resident`.
+        On a CPU there is only `resident`. Idle transformers are dropped: it is for lack of memory that a
+        worker changes its mode.
         """
         mode = "resident" if self.device.type == "cpu" else mode
         if mode == self.memory_mode:
             return
+        self._drop_idle()
         for module in self.modules():
             if mode == "resident":
                 memory.forget(module)
@@ -162,10 +221,67 @@ class Models:
         weights.check_files(folder, source)
         return folder
 
+    def _merge_loras(self, updates: Updates, wanted: LoraSet, check: Callable[[], None]) -> None:
+        merge = Merge(self.transformer, updates, self._host_can_keep)
+        self._merges[self.transformer] = merge, None
+        merge.apply(self.transformer, self.device, check)
+        self._merges[self.transformer] = merge, wanted
+
+    def _remove_loras(self) -> None:
+        merge, _ = self._merges.get(self.transformer, (None, None))
+        if merge is not None and merge.undo(self.transformer):
+            del self._merges[self.transformer]
+        elif merge is not None:
+            self._drop_transformer()
+            self.use_direction(self.direction)
+
+    def _host_can_keep(self, size: int) -> bool:
+        """Whether so many bytes fit into host memory beside what a job needs, and what swap mode would."""
+        on_gpu = self.device.type == "cuda" and self.memory_mode == "resident"
+        coming = self.modules() if on_gpu else self._unpinned()
+        needed = size + sum(map(memory.weight_bytes, coming)) + HOST_HEADROOM_GB * memory.GB
+        return free_host_memory() >= needed
+
+    def _unpinned(self) -> list[nn.Module]:
+        """In swap mode, what is mapped from its file perhaps and takes host memory once it is pinned."""
+        swap = self.memory_mode == "swap"
+        return [module for module in self.modules() if swap and not memory.is_pinned(module)]
+
+    def _load_another(self, source: Source) -> FramePackTransformer:
+        folder = self._folder(source)
+        while self._idle and not self._room_for_another():
+            self._drop_idle(count=1)
+        if self.transformer is not None and not self._room_for_another():
+            self._drop_transformer()
+        transformer = self._load_transformer(folder)
+        if self.memory_mode == "resident":
+            transformer.to(self.device)
+        return transformer
+
+    def _room_for_another(self) -> bool:
+        """Whether a transformer of this one's size fits beside all that is loaded, and a job beside both."""
+        if self.transformer is None or not self._settings.keep_both_models:
+            return False
+        needed = memory.weight_bytes(self.transformer)
+        if self.device.type == "cuda" and self.memory_mode == "resident":
+            return memory.free_gpu_memory(self.device) >= needed + RESIDENT_HEADROOM_GB * memory.GB
+        return self._host_can_keep(needed)
+
+    def _drop_idle(self, count: int | None = None) -> None:
+        for source in [*self._idle][:count]:
+            memory.forget(self._idle.pop(source))
+        memory.release_unused_memory(self.device)
+
+    def _drop_transformer(self) -> None:
+        if self.transformer is not None:
+            memory.forget(self.transformer)
+            self.transformer = None
+            memory.release_unused_memory(self.device)
+
     def _load_transformer(self, folder: Path) -> FramePackTransformer:
         model = _load_weights(FramePackTransformer, folder, torch_dtype=self.transformer_dtype)
         model.output_in_float32()
-        self.magnitudes = magnitudes.curves_of(folder, model.config)
+        self._magnitudes[model] = curves_of(folder, model.config)
         return model
 
 
