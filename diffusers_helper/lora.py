@@ -150,7 +150,10 @@ class Merge:
         self._originals: dict[str, torch.Tensor] | None = {} if keep_originals(size) else None
 
     def apply(self, model: nn.Module, device: torch.device, check: Callable[[], None]) -> None:
-        """Add them, computing on `device`. `check` runs before each module and may raise; then `undo`."""
+        """Add them, computing on `device`. `check` runs before each module and may raise; then `undo`.
+
+        Raises ValueError where a sum is too large for the weights' type; then `undo` as well.
+        """
         for module, updates in self._updates.items():
             check()
             weight = _weight(model, module)
@@ -161,7 +164,10 @@ class Merge:
             for start, stop, up, down, factor in updates:
                 up, down = (matrix.to(device).float() for matrix in (up, down))
                 rows[start:stop].addmm_(up, down, alpha=factor)
-            weight.copy_(merged.to(weight.dtype))
+            merged = merged.to(weight.dtype)
+            if not merged.isfinite().all():
+                raise ValueError(f"added to `{module}` it gives weights that are not finite")
+            weight.copy_(merged)
         self._updates = {}  # the matrices are the cache's to keep
 
     def undo(self, model: nn.Module) -> bool:

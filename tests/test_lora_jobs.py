@@ -202,3 +202,12 @@ def test_latents_are_gone_on_from_with_the_same_loras_only(models, settings, tmp
     assert again["video_base64"] == made["video_base64"] and again["resumed_sections"] == again["sections"]
     with pytest.raises(LatentsMismatchError, match=r"^The latents were made with `loras` "):
         run_job(rest | {"loras": [FIRST]}, models, settings)
+
+
+def test_one_that_overflows_is_refused_and_the_next_video_is_plain(models, settings, tmp_path):
+    plain = job(models, settings)
+    huge = {TO_Q: (torch.full((1, 32), 1e20), torch.full((32, 1), 1e20))}
+    save_file(peft("transformer.", huge), tmp_path / "loras" / "huge.safetensors")
+    with pytest.raises(LoraError, match=rf"`{TO_Q}` it gives weights that are not finite\.$"):
+        job(models, settings, {"name": "huge.safetensors"})
+    assert job(models, settings)["video_base64"] == plain["video_base64"]

@@ -21,7 +21,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from core.errors import ModelError
+from core.errors import LoraError, ModelError
 from core.pipeline import weights
 from core.pipeline.encoding_cache import EncodingCache
 from core.pipeline.loras import ChosenLora, LoraCache, fit_loras
@@ -224,7 +224,10 @@ class Models:
     def _merge_loras(self, updates: Updates, wanted: LoraSet, check: Callable[[], None]) -> None:
         merge = Merge(self.transformer, updates, self._host_can_keep)
         self._merges[self.transformer] = merge, None
-        merge.apply(self.transformer, self.device, check)
+        try:
+            merge.apply(self.transformer, self.device, check)
+        except ValueError as error:
+            raise LoraError(f"The LoRAs cannot be applied: {error}.") from None
         self._merges[self.transformer] = merge, wanted
 
     def _remove_loras(self) -> None:
