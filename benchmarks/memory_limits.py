@@ -24,6 +24,7 @@ import handler
 from benchmarks.full_size_models import HEIGHT, PROMPT, WIDTH, profile_of, random_image
 from core.pipeline import Models, generate_video_sync
 from core.pipeline.models import MODULES
+from core.settings import Settings
 from core.worker import Worker
 from diffusers_helper import memory
 from diffusers_helper.vae import decode_latents
@@ -87,7 +88,8 @@ def main() -> None:
     parser.add_argument("--out-of-memory", action="store_true", help="a resident job with no room to work in")
     options = parser.parse_args()
 
-    models = Models(profile_of(options.models), torch.device("cuda", 0), "resident")
+    uncached = Settings(encoding_cache_mb=0)  # each job encodes, as the first one does
+    models = Models(profile_of(options.models), torch.device("cuda", 0), "resident", uncached)
     weights = sum(memory.weight_bytes(getattr(models, name)) for name in MODULES) / memory.GB
     print(f"loaded in {models.load_seconds:.1f} s, {weights:.1f} GB of weights", flush=True)
     handler.worker = Worker(lambda: models)

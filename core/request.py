@@ -458,12 +458,7 @@ def _fault(fault: dict[str, Any]) -> str:
             return f"`{name}` is not the name of a {'region' if part == 'region' else 'bucket'}"
         case "model_type":
             return f"`{name}` must be an object {got}"
-    wanted = {
-        "int": "a whole number",
-        "float": "a number",
-        "string": "a string",
-        "bool": "true or false",
-    }
+    wanted = {"int": "a whole number", "float": "a number", "string": "a string", "bool": "true or false"}
     noun = wanted.get(kind.removesuffix("_type").removesuffix("_from_float").removesuffix("_parsing"))
     return f"`{name}` must be {noun} {got}" if noun else f"`{name}`: {fault['msg']} {got}"
 

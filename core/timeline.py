@@ -10,9 +10,9 @@ A prompt may hold timed parts, in this grammar, where spaces may stand between a
     text   =  anything but "[" and "]", and not only spaces
 
 [1s-3s: …] lasts from second 1 to second 3; [1s: …] and [1s-: …] until the next timed entry begins, or the
-end. A bracket looks like a time when it begins with a number and its unit s, followed by "-", ":" or "]", or
-with two numbers and the unit ([1-3s: …]). One that looks like a time and does not follow the grammar is an
-error; every other bracket is plain text.
+end. A bracket looks like a time when it begins with a number and its unit s (or S), followed by a dash, ":"
+or "]", or with two numbers and the unit ([1-3s: …]). One that looks like a time and does not follow the
+grammar is an error; every other bracket is plain text.
 """
 
 import math
@@ -35,8 +35,10 @@ _TIME = r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*s"
 _HEAD = re.compile(rf"\[\s*{_TIME}\s*(?:[-–]\s*(?:{_TIME}\s*)?)?:")
 _TEXT = re.compile(r"([^\[\]]*)\]")
 _ANY_NUMBER = r"-?[.,]*[0-9][0-9.,]*\s*"
+_AFTER = r"s\s*(?:[-–—:\]]|$)"
 _LOOKS_TIMED = re.compile(
-    rf"\[\s*{_ANY_NUMBER}(?:s\s*(?:[-–:\]]|$)|[-–]\s*{_ANY_NUMBER}s\s*(?:[-–:\]]|$))",
+    rf"\[\s*{_ANY_NUMBER}(?:{_AFTER}|[-–—]\s*{_ANY_NUMBER}{_AFTER})",
+    re.IGNORECASE,
 )
 
 
@@ -115,6 +117,10 @@ def read_timeline(prompt: str, sections: Sequence["TimedSection"] = ()) -> Timel
     for index, section in enumerate(sections):
         if section.prompt is None and section.image is None:
             raise RequestError(f"`sections.{index}` must have a `prompt` or an `image`.")
+        if section.prompt and _LOOKS_TIMED.search(section.prompt):
+            raise RequestError(
+                f"`sections.{index}.prompt` must have no timed parts; the section has its time."
+            )
         entries.append(
             TimedEntry(
                 f"`sections.{index}`",
@@ -167,6 +173,8 @@ def _timed_parts(prompt: str) -> tuple[str, list[TimedEntry]]:
         if not text[1].strip():
             raise RequestError(f"`prompt` has a timed part, {shown}, without text.")
         start, end = float(head[1]), float(head[2]) if head[2] else math.inf
+        if head[2] and end > MAX_SECONDS:
+            raise RequestError(f"`prompt` has a timed part, {shown}, that must end by {MAX_SECONDS} s.")
         entries.append(TimedEntry("`prompt`", start, end, text[1].strip()))
         rest.append(prompt[position : looks.start()])
         position = text.end()

@@ -1,6 +1,7 @@
 """What only a GPU can show: moving models changes nothing but the time. Run with `pytest -m gpu`."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ REQUEST = VideoRequest(input_image="given below", prompt="a test", total_second_
 
 @pytest.fixture(scope="module")
 def models():
-    return Models(load_profile(TINY), torch.device("cuda", 0), "resident")
+    """Without a cache of encodings: what is compared is made anew."""
+    return Models(load_profile(TINY), torch.device("cuda", 0), "resident", replace(TINY, encoding_cache_mb=0))
 
 
 def generate(models, tmp_path, **options):

@@ -77,7 +77,19 @@ class TestPrompt:
         assert read_timeline(prompt) == Timeline(prompt, ())
 
     @pytest.mark.parametrize(
-        "part", ["[1s]", "[1s-3s]", "[1-3s: x]", "[-1s: x]", "[1,5s: x]", "[1.5.2s: x]", "[1s-x: a]", "[1s"]
+        "part",
+        [
+            "[1s]",
+            "[1s-3s]",
+            "[1-3s: x]",
+            "[-1s: x]",
+            "[1,5s: x]",
+            "[1.5.2s: x]",
+            "[1s-x: a]",
+            "[1s",
+            "[1S-3S: x]",
+            "[1s—3s: x]",
+        ],
     )
     def test_what_looks_like_a_time_must_be_one(self, part):
         sentence = refused(f"a {part}")
@@ -99,6 +111,10 @@ class TestPrompt:
     @pytest.mark.parametrize("number", ["3601", "9" * 3000])
     def test_no_start_after_an_hour(self, number):
         assert refused(f"[{number}s: x]").endswith("must start by 3600 s.")
+
+    @pytest.mark.parametrize("number", ["3601", "9" * 3000])
+    def test_no_end_after_an_hour(self, number):
+        assert refused(f"[1s-{number}s: x]").endswith("that must end by 3600 s.")
 
     def test_long_prompts_are_read_in_no_time(self):
         for piece in ("[1", "[ ", "[1s:", "1.", "[1s-", "[.,"):
@@ -163,6 +179,10 @@ class TestSections:
             ),
             ({"start_s": 2, "end_s": 2, "prompt": "a"}, "`sections.0` (2–2 s) must end after it starts."),
             ({"start_s": 1, "prompt": ""}, "`sections.0.prompt` must not be empty."),
+            (
+                {"start_s": 1, "prompt": "a [2s: b]"},
+                "`sections.0.prompt` must have no timed parts; the section has its time.",
+            ),
             (
                 {"start_s": 1, "prompt": "x" * 4001},
                 "`sections.0.prompt` must have at most 4000 characters (got 4001).",
