@@ -97,7 +97,8 @@ def all_warnings(outputs: list[Made]) -> list[str]:
 
 def _failure(error: Exception, turn: Turn) -> Failure:
     if isinstance(error, WorkerError):
-        reason = " ".join([str(error), *(f"It is kept as {path}." for path in error.details.values())])
+        kept = error.details.get("video_path")
+        reason = f"{error} It is kept as {kept}." if kept else str(error)
         refresh = error.refresh_worker
     else:
         log.error("output %d failed", turn.number, exc_info=error)
