@@ -40,8 +40,9 @@ Post = Callable[[dict], Awaitable[None]]
 class RunPodProgress:
     """Sends a job's progress, at most every two seconds, one update at a time, none after `settle()`.
 
-    What comes too soon waits its turn, without its preview, unless something newer comes. Made on the event
-    loop; `report` is called on the GPU thread.
+    What comes too soon waits its turn, unless something newer comes. Previews are made on the GPU thread, of
+    what is sent at once and only then: what waits loses its own, so it waits one interval more for an update
+    that brings another. Made on the event loop; `report` is called on the GPU thread.
     """
 
     def __init__(self, job_id: str, post: Post | None = None, clock: Callable[[], float] = time.monotonic):
@@ -64,7 +65,8 @@ class RunPodProgress:
             self._last = now
             self._loop.call_soon_threadsafe(self._start, progress.as_dict())
         else:
-            self._loop.call_soon_threadsafe(self._wait, replace(progress, preview=None), wait)
+            patience = wait + PROGRESS_INTERVAL_S if progress.preview else wait
+            self._loop.call_soon_threadsafe(self._wait, replace(progress, preview=None), patience)
 
     async def settle(self) -> None:
         """Send no more, and return once what is under way has arrived or was dropped."""
@@ -83,13 +85,14 @@ class RunPodProgress:
             self._timer = self._loop.call_later(seconds, self._send_waiting)
 
     def _send_waiting(self) -> None:
-        self._timer = None
-        if self._waiting is not None:
-            self._last = self._clock()
-            self._start(self._waiting.as_dict())
+        self._last = self._clock()
+        self._start(self._waiting.as_dict())
 
     def _start(self, update: dict) -> None:
         self._waiting = None  # it is older
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._enabled and (self._under_way is None or self._under_way.done()):
             self._under_way = self._loop.create_task(self._send(update))
 

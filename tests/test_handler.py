@@ -73,6 +73,26 @@ def test_what_came_too_soon_is_sent_when_it_is_due(monkeypatch):
     assert asyncio.run(job()) == [("sample", 1), ("decode", 4)]
 
 
+def test_steps_quicker_than_the_interval_do_not_keep_previews_back(monkeypatch):
+    """What waited is not sent in place of the next step's report, which has a preview."""
+    monkeypatch.setattr(runpod_posts, "PROGRESS_INTERVAL_S", 0.5)
+
+    async def job():
+        sent = []
+
+        async def post(update):
+            sent.append(update.get("preview"))
+
+        progress = RunPodProgress("a", post)
+        for step in range(1, 8):
+            progress.report(at(step=step, preview=lambda step=step: f"of step {step}"))
+            await asyncio.sleep(0.2)
+        return sent
+
+    sent = asyncio.run(job())
+    assert len(sent) > 1 and all(sent)
+
+
 def test_previews_are_made_only_for_what_is_sent():
     made = []
 
