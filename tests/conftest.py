@@ -30,6 +30,15 @@ def tiny_models():
     return Models(load_profile(TINY), torch.device("cpu"), settings=replace(TINY, encoding_cache_mb=0))
 
 
+@pytest.fixture(autouse=True)
+def _as_they_were(request):
+    """A job leaves the shared models with the transformer that it asked for."""
+    models = request.getfixturevalue("tiny_models") if "tiny_models" in request.fixturenames else None
+    yield
+    if models is not None:
+        models.use_direction("i2v")
+
+
 @pytest.fixture
 def picture() -> np.ndarray:
     """(256, 256, 3) uint8 noise from a fixed seed."""

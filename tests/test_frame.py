@@ -291,8 +291,9 @@ def test_same_latents_as_the_code_it_follows(mode, tiny_models, monkeypatch):
     assert len(latents) == 2
     for i, ours in enumerate(latents):
         official = torch.from_numpy(golden[f"latents_{i}"])
-        # without an end image the second section is 4.9e-5 away, and the first 3.4e-3
-        assert (ours[..., ::4, ::4] - official).norm() / official.norm() < 1e-5
+        # Without an end image the first section is 3.4e-3 away. UniPC's coefficients are float32 and differ
+        # between processors: where the files were made ours is 1.4e-7 away, on another it is 1.2e-5.
+        assert (ours[..., ::4, ::4] - official).norm() / official.norm() < 1e-4
 
 
 @pytest.mark.usefixtures("quick_decode")

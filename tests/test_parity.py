@@ -24,27 +24,40 @@ def models():
     return Models(load_profile(official), torch.device("cpu"))
 
 
-@pytest.mark.parametrize(
-    ("name", "model"),
-    [("i2v_2_sections", "i2v"), ("i2v_cfg", "i2v"), ("i2v_teacache", "i2v"), ("f1_2_sections", "f1")],
-)
-def test_same_video_as_the_official_code(name, model, models, monkeypatch, tmp_path):
-    golden = np.load(GOLDEN / f"{name}.npz")
-    arguments = {"use_teacache": False} | json.loads(str(golden["args"]))
-    arguments.pop("image")
-    request = VideoRequest(input_image="golden/input.png", model=model, **arguments)
+@pytest.fixture
+def same_video(models, monkeypatch, tmp_path):
+    """Make the video of a golden file, and compare its latents; returns the file and our frames."""
 
-    clips, sections = [], []
-    monkeypatch.setattr(core.pipeline, "save_video", lambda c, *_: clips.extend(c) or 0)  # before H.264
-    models.use_direction(model)
-    image = np.asarray(Image.open(GOLDEN / "input.png").convert("RGB"))
-    generate_video_sync(models, image, request, tmp_path / "unused.mp4", on_section=sections.append)
+    def run(name, model):
+        golden = np.load(GOLDEN / f"{name}.npz")
+        arguments = {"use_teacache": False} | json.loads(str(golden["args"]))
+        arguments.pop("image")
+        request = VideoRequest(input_image="golden/input.png", model=model, **arguments)
 
-    for i, sampled in enumerate(sections):
-        ours, official = sampled.latents[..., ::4, ::4], torch.from_numpy(golden[f"latents_{i}"])
-        assert (ours - official).norm() / official.norm() < 1e-4
-    assert f"latents_{len(sections)}" not in golden
+        clips, sections = [], []
+        monkeypatch.setattr(core.pipeline, "save_video", lambda c, *_: clips.extend(c) or 0)  # before H.264
+        models.use_direction(model)
+        image = np.asarray(Image.open(GOLDEN / "input.png").convert("RGB"))
+        generate_video_sync(models, image, request, tmp_path / "unused.mp4", on_section=sections.append)
 
+        for i, sampled in enumerate(sections):
+            ours, official = sampled.latents[..., ::4, ::4], torch.from_numpy(golden[f"latents_{i}"])
+            assert (ours - official).norm() / official.norm() < 1e-4
+        assert f"latents_{len(sections)}" not in golden
+        return golden, clips
+
+    return run
+
+
+@pytest.mark.usefixtures("quick_decode")  # one section's decode is in the next test twice over
+@pytest.mark.parametrize("name", ["i2v_cfg", "i2v_teacache"])
+def test_same_latents_as_the_official_code(name, same_video):
+    same_video(name, "i2v")
+
+
+@pytest.mark.parametrize("model", ["i2v", "f1"])
+def test_same_video_as_the_official_code(model, same_video):
+    golden, clips = same_video(f"{model}_2_sections", model)
     video = torch.cat(clips, dim=2)[0].permute(1, 2, 3, 0).numpy()
     assert video.shape == tuple(golden["shape"])
     difference = np.abs(video[::4, ::4, ::4].astype(int) - golden["frames"])

@@ -19,7 +19,7 @@ from tests.fake_runpod import BASE64, FakeRunPod, decode, is_mp4, running_handle
 from tests.fake_storage import fake_storage
 from tests.test_endurance import STEADY, quick_input
 
-JOBS = int(os.environ.get("SOAK_JOBS", "30"))
+JOBS = int(os.environ.get("SOAK_JOBS", "20"))
 EVERY = max(5, JOBS // 10)  # jobs between two looks at what the process holds
 MOST_GROWTH = 8_000_000  # from the second look to the last; a kept frame or latent a job would be far more
 
