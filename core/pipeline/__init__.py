@@ -154,23 +154,16 @@ def generate_video_sync(
 
     whole = decoder.sections == len(plan.sections)
 
-    def finished_clips() -> Iterator[torch.Tensor]:
-        clips = decoder.clips()
-        if whole and plan.exact_frames is not None:
-            clips = first_frames(clips, plan.exact_frames)
-        for clip in clips:
-            check_cancelled()
-            yield clip
-
+    clips = _FinishedClips(decoder, plan.exact_frames if whole else None, check_cancelled)
     report(progress.at("mp4_encode", section=decoder.sections, step=request.steps))
     with timer.span("mp4_encode"):
         file = _file(request, embed({"shift": shift}) if embed else None)
         try:
-            frames = save_video(finished_clips(), path, file)
+            frames = save_video(clips, path, file)
         except VideoEncodingError:
             path = spare_filename() if spare_filename else path
-            frames = save_video(finished_clips(), path, file)
-        poster = first_frame_jpeg(finished_clips()) if request.poster else None
+            frames = save_video(clips, path, file)
+        poster = first_frame_jpeg(clips) if request.poster else None
     return GeneratedVideo(
         path=path,
         width=width,
@@ -184,6 +177,23 @@ def generate_video_sync(
         poster=poster,
         conditioning=conditioning,
     )
+
+
+@dataclass(frozen=True)
+class _FinishedClips:
+    """The video's clips from the first on, each time they are gone through."""
+
+    decoder: VideoDecoder
+    exact_frames: int | None
+    check_cancelled: Callable[[], None]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        clips = self.decoder.clips()
+        if self.exact_frames is not None:
+            clips = first_frames(clips, self.exact_frames)
+        for clip in clips:
+            self.check_cancelled()
+            yield clip
 
 
 def _file(request: VideoRequest, embedded: str | None) -> VideoFile:
