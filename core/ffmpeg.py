@@ -32,9 +32,9 @@ CONTAINERS = {
     "webm": ("-fflags", "+bitexact"),  # else every file has a number drawn for it
 }
 # A GIF takes two passes with one palette for all frames: one for each takes ffmpeg longer, and one for all in
-# a single pass holds every frame in memory until the last is known. Before both, colours are rounded to 6 bits
-# a channel, or grain would make millions of them, each of which is counted and looked up by itself. Ordered
-# dithering stands still where the picture does.
+# a single pass holds every frame in memory until the last is known. Before both, colours are rounded to 6
+# bits a channel, or grain would make millions of them, each of which is counted and looked up by itself.
+# Ordered dithering stands still where the picture does.
 PALETTE_SIDE = 16
 PALETTE_BYTES = PALETTE_SIDE**2 * 4  # RGBA
 ROUND_COLOURS = "lutrgb=" + ":".join(f"{channel}=round(round(val*63/255)*255/63)" for channel in "rgb")
