@@ -20,6 +20,7 @@ from core import embedding
 from core.errors import VideoEncodingError
 from core.ffmpeg import FfmpegWriter, PaletteFinder
 from core.file_format import FORMATS
+from core.png_file import PngWriter
 from core.png_zip import PngZipWriter
 
 log = logging.getLogger(__name__)
@@ -104,9 +105,11 @@ def first_frame_jpeg(clips: Iterable[torch.Tensor]) -> bytes:
 
 def _open(
     path: Path, file: VideoFile, metadata: Path, palette: bytes, width: int, height: int
-) -> FfmpegWriter | PngZipWriter:
+) -> FfmpegWriter | PngZipWriter | PngWriter:
     if file.format == "png_sequence":
         return PngZipWriter(path, file.parameters)
+    if file.format == "png":
+        return PngWriter(path, file.parameters)
     embeds = file.parameters is not None and bool(FORMATS[file.format].codecs)
     if embeds:
         metadata.write_text(embedding.as_ffmetadata(file.parameters), encoding="utf-8", newline="\n")
@@ -134,6 +137,7 @@ def _check_complete(path: Path, format: str) -> None:
         "webm": head.startswith(b"\x1aE\xdf\xa3") and b"\x01\xff\xff\xff\xff\xff\xff\xff" not in head[:64],
         "gif": head.startswith(b"GIF8") and tail.endswith(b";"),
         "png_sequence": b"PK\x05\x06" in tail,
+        "png": tail.endswith(b"IEND\xaeB`\x82"),
     }
     if not whole[format]:
         raise OSError("the file was not finished")

@@ -24,6 +24,8 @@ from core.pipeline.conditioning import Conditioning, encode_conditioning
 from core.pipeline.decoding import VideoDecoder
 from core.pipeline.encoding import Encoder
 from core.pipeline.models import Models, initialize_models
+from core.pipeline.one_frame import plan_one_frame, sample_one_frame
+from core.pipeline.profiles import Direction
 from core.pipeline.sampling import SampledSection, sample_sections, schedule_mu
 from core.pipeline.sections import Section, SectionPlan, plan_sections
 from core.progress import Pace, Progress
@@ -96,9 +98,7 @@ def generate_video_sync(
     deadline = deadline or Deadline()
     direction = request.model or models.profile.direction
     check_direction(request, direction)
-    plan = plan_sections(
-        request.total_second_length, request.latent_window_size, direction, request.exact_length
-    )
+    plan = _plan(request, direction)
     progress = Progress(sections=len(plan.sections), steps=request.steps)
     pace = Pace(len(plan.sections) * request.steps, given=resumed.count * request.steps if resumed else 0)
 
@@ -139,9 +139,8 @@ def generate_video_sync(
     preserved_gb = math.inf if frugal else request.gpu_memory_preservation
     try:
         stage("sample", section=1)
-        for sampled in sample_sections(
-            models, plan, conditioning, request, seed, timer, on_step, preserved_gb, resumed
-        ):
+        job = models, plan, conditioning, request, seed, timer, on_step, preserved_gb
+        for sampled in sample_one_frame(*job) if request.one_frame else sample_sections(*job, resumed):
             on_section(sampled)
             if recorder:
                 recorder.add(sampled.latents, sampled.generator_state)
@@ -176,6 +175,14 @@ def generate_video_sync(
         warnings=conditioning.warnings,
         poster=poster,
         conditioning=conditioning,
+    )
+
+
+def _plan(request: VideoRequest, direction: Direction) -> SectionPlan:
+    if request.one_frame:
+        return plan_one_frame(request, direction)
+    return plan_sections(
+        request.total_second_length, request.latent_window_size, direction, request.exact_length
     )
 
 
