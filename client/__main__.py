@@ -9,7 +9,7 @@ from pathlib import Path
 from client.api import Endpoint, Job, LocalServer
 from client.display import Display
 from client.errors import CancelledError, ClientError, JobError, SaveError, TimedOutError
-from client.files import suffix_of
+from client.files import named_after
 from client.interrupt import HeldInterrupt
 from client.options import check_options, default_output, parse_options
 from client.request import build_request
@@ -99,7 +99,7 @@ def deliver(job: Job, path: Path, options: argparse.Namespace, display: Display)
     download = Download(options.poll_interval, display.note, display.received, options.local is not None)
     content_type = job.output.get("content_type") if isinstance(job.output, dict) else None
     if options.output is None:
-        path = path.with_suffix(suffix_of(content_type))
+        path = named_after(path, content_type)
     videos = videos_of(job.output, path)
     try:
         for reply, place in videos:

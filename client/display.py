@@ -115,7 +115,7 @@ class Display:
         for output, path in videos:
             told = job.output | output
             facts = [f"{path.stat().st_size / 1e6:.2f} MB"]
-            facts += [fact.format_map(told) for fact, names in FACTS if names <= told.keys()]
+            facts += [fact.format_map(told) for fact, names in FACTS if _known(told, names)]
             self.note(f"Saved {path}: {', '.join(facts)}.")
             if told.get("partial") is True:
                 self.note("The video is partial.")
@@ -146,6 +146,11 @@ class Display:
     def _stop(self) -> None:
         if not self._bar.disable:  # rich 14 would print an empty line
             self._bar.stop()
+
+
+def _known(told: dict, names: set[str]) -> bool:
+    """Whether the reply has these fields; of a picture some are null."""
+    return all(told.get(name) is not None for name in names)
 
 
 def printable(text: str) -> str:

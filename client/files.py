@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from client.errors import SaveError
@@ -11,8 +12,9 @@ SUFFIXES = {
     "video/webm": ".webm",
     "image/gif": ".gif",
     "application/zip": ".zip",
+    "image/png": ".png",
 }
-FORMATS = {"mp4": ".mp4", "webm": ".webm", "gif": ".gif", "png_sequence": ".zip"}
+FORMATS = {"mp4": ".mp4", "webm": ".webm", "gif": ".gif", "png_sequence": ".zip", "png": ".png"}
 
 
 def suffix_of(content_type: Any) -> str:
@@ -20,9 +22,21 @@ def suffix_of(content_type: Any) -> str:
     return SUFFIXES.get(content_type, ".mp4") if isinstance(content_type, str) else ".mp4"
 
 
+def named_after(path: Path, content_type: Any) -> Path:
+    """`path` with the kind's suffix; a picture's name is another than that of the image it was made from."""
+    suffix = suffix_of(content_type)
+    return path.with_name(f"{path.stem}-picture.png") if suffix == ".png" else path.with_suffix(suffix)
+
+
 def check_whole(file: BinaryIO, content_type: Any) -> None:
     """Raises SaveError unless the file is a whole one of its kind."""
-    checks = {".mp4": _check_mp4, ".webm": _check_webm, ".gif": _check_gif, ".zip": _check_zip}
+    checks = {
+        ".mp4": _check_mp4,
+        ".webm": _check_webm,
+        ".gif": _check_gif,
+        ".zip": _check_zip,
+        ".png": _check_png,
+    }
     checks[suffix_of(content_type)](file)
 
 
@@ -46,6 +60,15 @@ def _check_gif(file: BinaryIO) -> None:
     file.seek(-1, os.SEEK_END)
     if file.read(1) != b";":
         raise SaveError("The video is cut short.")
+
+
+def _check_png(file: BinaryIO) -> None:
+    file.seek(0)
+    content = file.read()
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise SaveError("What came as the picture is not a PNG.")
+    if not content.endswith(b"IEND\xaeB`\x82"):
+        raise SaveError("The picture is cut short.")
 
 
 def _check_zip(file: BinaryIO) -> None:

@@ -122,6 +122,8 @@ class Delivery:
             raise failure.with_details(**kept)
         beside = f" beside the {taken / MB:.1f} MB that are in the reply" if taken else ""
         smaller = "raise `mp4_crf`" if FORMATS[request.format].codecs else "take another `format`"
+        if request.one_frame:
+            smaller = "ask for a smaller frame"
         raise ResultTooLargeError(
             f"The video has {size / MB:.1f} MB and at most {self.settings.inline_limit_mb:g} MB can be "
             f"returned inline{beside}; give object storage (`s3_config`, or the worker's BUCKET_NAME) or "

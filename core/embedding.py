@@ -1,8 +1,8 @@
 """A request's parameters inside the file that was made from them, and out of it again.
 
-MP4 and WebM have them as the tag `comment`, a GIF as a comment, a zip of PNGs as `parameters.json`: one JSON
-object with `parameters`, `profile` and `images`, which names each image by its field and the SHA-256 of its
-file. Neither they nor a bucket's credentials are in it. Needs no torch.
+MP4 and WebM have them as the tag `comment`, GIF and PNG as a comment, a zip of PNGs as `parameters.json`: one
+JSON object with `parameters`, `profile` and `images`, which names each image by its field and the SHA-256 of
+its file. Neither they nor a bucket's credentials are in it. Needs no torch.
 """
 
 import json
@@ -15,11 +15,13 @@ from typing import Any, BinaryIO
 
 import imageio_ffmpeg
 
+from core.png_file import KEYWORD
 from core.png_zip import PARAMETERS
 
 MARK = "framepack_worker"  # and the version of what is beside it
 MAX_BYTES = 4_000_000
 READ_TIMEOUT_S = 60
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class NoParametersError(Exception):
@@ -88,7 +90,9 @@ def _text_of(path: Path, file: BinaryIO) -> bytes:
         return _comment_tag(path, "mov")
     if magic.startswith(b"\x1aE\xdf\xa3"):
         return _comment_tag(path, "matroska")
-    raise NoParametersError(f"{path} is not an MP4, a WebM, a GIF or a zip of PNGs.")
+    if magic.startswith(PNG):
+        return _png_text(file)
+    raise NoParametersError(f"{path} is not an MP4, a WebM, a GIF, a PNG or a zip of PNGs.")
 
 
 def _zipped(path: Path, file: BinaryIO) -> bytes:
@@ -158,6 +162,22 @@ def _gif_comments(file: BinaryIO) -> Iterator[bytes]:
             block = _exactly(file, size)
             if comment:
                 yield block
+
+
+def _png_text(file: BinaryIO) -> bytes:
+    """Of the text chunk with our keyword. Raises OSError for what is not a whole PNG, or has none."""
+    _exactly(file, len(PNG))
+    while (head := _exactly(file, 8))[4:] != b"IEND":
+        length = int.from_bytes(head[:4])
+        # keyword, 0, not compressed, no language, no other keyword
+        marked = f"{KEYWORD}\0\0\0\0\0".encode()
+        if head[4:] == b"iTXt" and len(marked) <= length <= MAX_BYTES:
+            data = _exactly(file, length)
+            if data.startswith(marked):
+                return data[len(marked) :]
+            length = 0
+        file.seek(length + 4, os.SEEK_CUR)  # and its checksum
+    raise OSError("damaged")
 
 
 def _skip_palette(file: BinaryIO, flags: int) -> None:

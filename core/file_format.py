@@ -20,6 +20,7 @@ FORMATS = {
     "webm": FileFormat(".webm", "video/webm", ("vp9", "av1")),
     "gif": FileFormat(".gif", "image/gif"),
     "png_sequence": FileFormat(".zip", "application/zip"),
+    "png": FileFormat(".png", "image/png"),  # of a single picture
 }
 
 
@@ -58,4 +59,6 @@ def inert_fields(format: str, given: set[str]) -> list[str]:
     inert = [("mp4_crf", "it is the quality of the video codecs")]
     if format == "png_sequence":
         inert.append(("fps", "PNGs have no pace; only `duration_s` is reckoned with it"))
+    if format == "png":
+        inert.append(("fps", "a picture has no pace"))
     return [f"`{name}` had no effect on the {format}: {reason}." for name, reason in inert if name in given]

@@ -28,6 +28,7 @@ from core.images import Fetch, decode_image
 from core.keyframes import Keyframe, decode_keyframes
 from core.latents import check_transformer
 from core.lora_files import shown_name
+from core.one_frame import as_used, inert_one_frame_fields
 from core.outputs import Failure, Made, Turn, all_warnings, make_outputs
 from core.pipeline import GeneratedVideo, Models, Report, generate_video_sync
 from core.pipeline.caching import cache_threshold, step_caches
@@ -213,7 +214,7 @@ class _Job:
         reply = delivered | {
             "seed": turn.seed,
             "frames": video.frames,
-            "duration_s": round(video.frames / self.request.fps, 3),
+            "duration_s": None if self.request.one_frame else round(video.frames / self.request.fps, 3),
             "sections": video.sections,
             "partial": video.sections < len(video.plan.sections),
             **({"resumed_sections": self.resumed.count} if self.resumed else {}),
@@ -238,7 +239,7 @@ def _reply(
         "width": first.video.width,
         "height": first.video.height,
         "fps": request.fps,
-        "requested_s": request.total_second_length,
+        "requested_s": None if request.one_frame else request.total_second_length,
         "parameters": parameters | {"shift": first.video.shift},
         "loras": loras,
         "warnings": all_warnings(outputs) + lora_warnings(loras) + ([failure.sentence] if failure else []),
@@ -295,6 +296,7 @@ def _parameters(request: VideoRequest, seed: int, models: Models, keyframes: dic
         "resolution": None if request.width else request.resolution or models.profile.resolution,
         "cache": request.cache_kind,
         "cache_threshold": cache_threshold(request),
+        "one_frame": as_used(request).model_dump() if request.one_frame else None,
     }
 
 
@@ -308,10 +310,12 @@ def _warnings(
         warnings.append(
             f"The time was up after {video.sections} of {planned} sections; they are the video's {which}."
         )
-    if request.partial and request.timeout_s is None and settings.job_timeout_s == math.inf:
+    limited = request.timeout_s is not None or settings.job_timeout_s < math.inf
+    if request.partial and not limited and not request.one_frame:
         warnings.append("`partial` had no effect: the job has no time limit (`timeout_s`).")
     given = request.model_fields_set
     warnings += inert_frame_fields(request) + inert_fields(request.format, given)
+    warnings += inert_one_frame_fields(request)
     if request.exact_length and video.sections < planned:
         warnings.append("`exact_length` had no effect: the video is partial, and not as long as asked.")
     if request.cfg == 1:

@@ -43,7 +43,7 @@ def _read(image: Path) -> bytes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code."""
     parser = argparse.ArgumentParser(prog="python -m core.reproduce", description=__doc__.split("\n")[0])
-    parser.add_argument("file", type=Path, help="an MP4, WebM, GIF or zip of PNGs of this worker's")
+    parser.add_argument("file", type=Path, help="an MP4, WebM, GIF, PNG or zip of PNGs of this worker's")
     parser.add_argument("--image", type=Path, action="append", default=[], help="one to be filled in")
     options = parser.parse_args(arguments)
     try:

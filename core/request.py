@@ -19,6 +19,7 @@ from pydantic import (
 from core.errors import RequestError
 from core.file_format import check_file
 from core.frame import NOTHING_TO_START_WITH, check_frame
+from core.one_frame import with_its_format
 from core.timeline import MAX_ENTRIES, MAX_SECONDS, read_timeline
 
 MAX_SEED = 2**32 - 1
@@ -26,6 +27,7 @@ MAX_PROMPT = 4000
 MAX_LISTED_ERRORS = 3
 MAX_FIELDS = 10_000  # 20 MB of JSON hold two million; refused one by one they would take 2 GB
 MIN_SHIFT = 0.1  # below it all steps but the first are at nearly no noise
+MAX_INDEX = 100  # musubi-tuner's users found pictures sound up to about 40
 MAX_SHOWN = 40  # characters of what the caller wrote
 
 
@@ -114,6 +116,29 @@ class TimedSection(BaseModel):
         min_length=1,
         repr=False,
     )
+
+
+class OneFrame(BaseModel):
+    """A single picture, at a position of the model's time axis: in latent frames, a section having W."""
+
+    model_config = STRICT
+
+    target_index: Whole | None = Field(
+        None,
+        description="Position of the picture; null is latent_window_size. A higher one may change more.",
+        ge=0,
+        le=MAX_INDEX,
+    )
+    control_index: Whole = Field(0, description="Position of the input image.", ge=0, le=MAX_INDEX)
+    end_index: Whole | None = Field(
+        None,
+        description="Position of `end_image`, a second image to go by; null is latent_window_size + 1.",
+        ge=0,
+        le=MAX_INDEX,
+    )
+    no_post: bool = Field(False, description="Without the empty frame at latent_window_size + 1.")
+    no_2x: bool = Field(False, description="Without the empty history at half resolution.")
+    no_4x: bool = Field(False, description="Without the empty history at a quarter of the resolution.")
 
 
 class VideoRequest(BaseModel):
@@ -223,8 +248,8 @@ class VideoRequest(BaseModel):
         0, "Sections around a change of prompt over which one prompt becomes the other.", ge=0, le=10
     )
 
-    format: Literal["mp4", "webm", "gif", "png_sequence"] = _field(
-        "mp4", "Kind of file; png_sequence is a zip of PNGs."
+    format: Literal["mp4", "webm", "gif", "png_sequence", "png"] = _field(
+        "mp4", "Kind of file; png_sequence is a zip of PNGs, png goes with `one_frame` and follows from it."
     )
     codec: Literal["h264", "h265", "vp9", "av1"] | None = _field(
         None, "h264, h265 or av1 in an mp4, vp9 or av1 in a webm; null is the first of them."
@@ -288,6 +313,10 @@ class VideoRequest(BaseModel):
         [], "LoRAs added to the transformer's weights for this job, all at once.", max_length=8, repr=False
     )
 
+    one_frame: OneFrame | None = _field(
+        None, "Make a single picture in place of a video, and return it as a PNG; {} for all defaults."
+    )
+
     @property
     def cache_kind(self) -> str:
         """`cache`, or what `use_teacache` says in its place."""
@@ -295,7 +324,12 @@ class VideoRequest(BaseModel):
 
 
 SECRETS = ("input_image", "end_image", "s3_config", "resume_latents")  # never shown or echoed
-NESTED: dict[str, type[BaseModel]] = {"s3_config": S3Config, "loras": LoraChoice, "sections": TimedSection}
+NESTED: dict[str, type[BaseModel]] = {
+    "s3_config": S3Config,
+    "loras": LoraChoice,
+    "sections": TimedSection,
+    "one_frame": OneFrame,
+}
 LISTS = ("loras", "sections")
 
 FORMS = {
@@ -346,6 +380,7 @@ def parse_request(data: Any) -> VideoRequest:
     check_loras(request)
     _check_shift(request)
     _check_resumed(request)
+    request = with_its_format(request)
     check_file(request.format, request.codec, request.fps)
     read_timeline(request.prompt, request.sections)
     return _with_one_cache(request)
@@ -464,9 +499,9 @@ def _fault(fault: dict[str, Any]) -> str:
 
 
 def _path(fault: dict[str, Any]) -> str:
-    """`field`, `s3_config.part` or `loras.0.part`; what pydantic adds for a union's members is left out."""
+    """`field`, `one_frame.part` or `loras.0.part`; what pydantic adds for a union's members is left out."""
     field, *parts = map(str, fault["loc"])
-    depth = 2 if field in LISTS else 1 if field == "s3_config" else 0
+    depth = 2 if field in LISTS else 1 if field in NESTED else 0
     return ".".join([field, *parts[:depth]])
 
 

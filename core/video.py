@@ -5,10 +5,12 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -16,8 +18,9 @@ from PIL import Image
 
 from core import embedding
 from core.errors import VideoEncodingError
-from core.ffmpeg import FfmpegWriter
+from core.ffmpeg import FfmpegWriter, PaletteFinder
 from core.file_format import FORMATS
+from core.png_file import PngWriter
 from core.png_zip import PngZipWriter
 
 log = logging.getLogger(__name__)
@@ -47,30 +50,21 @@ def save_bcthw_as_mp4(
 def save_video(clips: Iterable[torch.Tensor], output_filename: str | Path, file: VideoFile) -> int:
     """Write consecutive uint8 RGB clips (1, 3, T, H, W) as one file; returns the number of frames.
 
-    Raises VideoEncodingError, or whatever `clips` raises, with ffmpeg stopped and no file left behind either
-    way.
+    `clips` is gone through once, and for a GIF twice: it must begin again then. Raises VideoEncodingError, or
+    whatever `clips` raises, with ffmpeg stopped and no file left behind either way.
     """
     path = Path(output_filename)
     metadata = path.with_name(f"{path.name}.metadata")  # ffmpeg reads it as a second input
-    frames = 0
-    writer = None
     try:
-        for clip in clips:
-            _, _, _, height, width = clip.shape
-            if writer is None:
-                writer = _open(path, width, height, file, metadata)
-            for frame in rearrange(clip, "1 c t h w -> t h w c").contiguous().numpy():
-                writer.write(frame)
-                frames += 1
-        if writer is None:
-            raise VideoEncodingError("There are no frames to encode.")
-        writer.finish()
+        palette = b""
+        if file.format == "gif":
+            finder, _ = _written(clips, PaletteFinder)
+            palette = finder.palette
+        _, frames = _written(clips, partial(_open, path, file, metadata, palette))
         _check_complete(path, file.format)
         if file.format == "gif" and file.parameters is not None:
             embedding.append_to_gif(path, file.parameters)
     except BaseException as error:
-        if writer is not None:
-            writer.stop()
         path.unlink(missing_ok=True)
         if isinstance(error, OSError):
             log.warning("encoding failed: %s", error)
@@ -79,6 +73,26 @@ def save_video(clips: Iterable[torch.Tensor], output_filename: str | Path, file:
     finally:
         metadata.unlink(missing_ok=True)
     return frames
+
+
+def _written(clips: Iterable[torch.Tensor], open_writer: Callable[[int, int], Any]) -> tuple[Any, int]:
+    """All frames through `open_writer(width, height)`: that writer, finished, and how many there were."""
+    writer, frames = None, 0
+    try:
+        for clip in clips:
+            _, _, _, height, width = clip.shape
+            writer = writer or open_writer(width, height)
+            for frame in rearrange(clip, "1 c t h w -> t h w c").contiguous().numpy():
+                writer.write(frame)
+                frames += 1
+        if writer is None:
+            raise VideoEncodingError("There are no frames to encode.")
+        writer.finish()
+    except BaseException:
+        if writer is not None:
+            writer.stop()
+        raise
+    return writer, frames
 
 
 def first_frame_jpeg(clips: Iterable[torch.Tensor]) -> bytes:
@@ -90,10 +104,12 @@ def first_frame_jpeg(clips: Iterable[torch.Tensor]) -> bytes:
 
 
 def _open(
-    path: Path, width: int, height: int, file: VideoFile, metadata: Path
-) -> FfmpegWriter | PngZipWriter:
+    path: Path, file: VideoFile, metadata: Path, palette: bytes, width: int, height: int
+) -> FfmpegWriter | PngZipWriter | PngWriter:
     if file.format == "png_sequence":
         return PngZipWriter(path, file.parameters)
+    if file.format == "png":
+        return PngWriter(path, file.parameters)
     embeds = file.parameters is not None and bool(FORMATS[file.format].codecs)
     if embeds:
         metadata.write_text(embedding.as_ffmetadata(file.parameters), encoding="utf-8", newline="\n")
@@ -106,6 +122,7 @@ def _open(
         fps=file.fps,
         crf=file.crf,
         metadata=metadata if embeds else None,
+        palette=palette,
     )
 
 
@@ -120,6 +137,7 @@ def _check_complete(path: Path, format: str) -> None:
         "webm": head.startswith(b"\x1aE\xdf\xa3") and b"\x01\xff\xff\xff\xff\xff\xff\xff" not in head[:64],
         "gif": head.startswith(b"GIF8") and tail.endswith(b";"),
         "png_sequence": b"PK\x05\x06" in tail,
+        "png": tail.endswith(b"IEND\xaeB`\x82"),
     }
     if not whole[format]:
         raise OSError("the file was not finished")

@@ -12,15 +12,16 @@ from diffusers_helper.step_cache import StepCache
 class PackedHistory:
     """What a section sees besides its own latents: frames at full, half and quarter resolution.
 
-    Latents are (1, 16, T, H/8, W/8); indices are (T,) positions on the section's time axis.
+    Latents are (1, 16, T, H/8, W/8); indices are (T,) positions on the section's time axis. There may be no
+    half or no quarter resolution: then its latents are None.
     """
 
     indices_latents: torch.Tensor
     latents_clean: torch.Tensor
     indices_latents_clean: torch.Tensor
-    latents_history_2x: torch.Tensor
+    latents_history_2x: torch.Tensor | None
     indices_latents_history_2x: torch.Tensor
-    latents_history_4x: torch.Tensor
+    latents_history_4x: torch.Tensor | None
     indices_latents_history_4x: torch.Tensor
 
 

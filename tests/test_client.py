@@ -226,6 +226,17 @@ def test_json_is_one_document_without_the_video(folder):
     assert "Saved dancer.mp4" in done.stderr
 
 
+def test_a_picture_is_saved_as_what_it_is(folder):
+    picture = {"content_type": "image/png", "frames": 1, "duration_s": None}
+    whole = with_video(video_base64=base64.b64encode(PNG).decode(), **picture)
+    done = make(folder, whole, arguments=["--set", "one_frame={}"])
+    assert done.returncode == 0, done.stderr
+    assert "Saved dancer-picture.png" in done.stderr and "None" not in done.stderr
+    assert (folder / "dancer-picture.png").read_bytes() == PNG
+    cut = with_video(video_base64=base64.b64encode(PNG[:-1]).decode(), **picture)
+    assert "The picture is cut short." in make(folder, cut, arguments=["-o", "cut.png"]).stderr
+
+
 def test_quiet_says_nothing(folder):
     done = make(folder, state("IN_PROGRESS", PROGRESS), DONE, arguments=["--quiet"])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -37,6 +37,7 @@ KINDS = [
     ("gif", None, "gif"),
     ("png_sequence", None, "png"),
 ]
+VIDEOS = [format for format in FORMATS if format != "png"]  # which is for one picture: test_one_frame.py
 ODD_PROMPT = '= ; # \\ \\n "quoted" \' \n\t\x01 日本語 🐈 ' + "long " * 500
 
 
@@ -106,15 +107,54 @@ class TestKinds:
         assert media_data(plain) == media_data(told)
         assert (frames_of(plain)[1] == frames_of(told)[1]).all()
 
-    def test_a_gif_goes_on_for_ever(self, tmp_path, clip):
-        with Image.open(written(tmp_path, clip, format="gif", codec=None)) as gif:
+    def test_a_gif_has_one_palette_that_suits_all_its_frames_and_goes_on_for_ever(self, tmp_path):
+        colours = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250], [200, 200, 40]])
+        clip = (
+            colours.repeat_interleave(6, 0).T.reshape(1, 3, 24, 1, 1).expand(1, 3, 24, 64, 96).to(torch.uint8)
+        )
+        path = written(tmp_path, clip, format="gif", codec=None, fps=20)
+        assert len(gif_palettes(path)) == 1
+        assert np.abs(frames_of(path)[1] - clip[0].permute(1, 2, 3, 0).numpy().astype(int)).max() <= 4
+        with Image.open(path) as gif:
             assert gif.info["loop"] == 0 and gif.n_frames == 24
+            durations = [gif.info["duration"] for frame in range(24) if gif.seek(frame) is None]
+        assert durations == [50] * 24
+
+    def test_a_gif_without_a_second_pass_is_none(self, tmp_path, clip):
+        once = iter([clip])
+        with pytest.raises(VideoEncodingError, match="no frames"):
+            save_video(once, tmp_path / "video.gif", VideoFile("gif", None))
+        assert list(tmp_path.iterdir()) == []
 
     def test_suffixes_and_content_types(self):
         for kind in FORMATS.values():
             assert content_type_of(Path(f"a{kind.suffix}")) == kind.content_type
             assert suffix_of(kind.content_type) == kind.suffix
         assert suffix_of(None) == suffix_of("text/html") == ".mp4"
+
+
+def gif_palettes(path: Path) -> set[bytes]:
+    """The colour tables that the frames are drawn with: the global one, and a frame's own."""
+    data = path.read_bytes()
+
+    def table(flags: int, start: int) -> bytes:
+        return data[start : start + 3 * 2 ** (flags % 8 + 1)] if flags & 0x80 else b""
+
+    def after_blocks(start: int) -> int:
+        while data[start]:
+            start += data[start] + 1
+        return start + 1
+
+    shared, found = table(data[10], 13), set()
+    place = 13 + len(shared)
+    while (kind := data[place : place + 1]) != b";":
+        if kind == b"!":
+            place = after_blocks(place + 2)
+            continue
+        own = table(data[place + 9], place + 10)
+        found.add(own or shared)
+        place = after_blocks(place + 10 + len(own) + 1)
+    return found
 
 
 def media_data(path: Path) -> bytes:
@@ -150,7 +190,7 @@ class TestFailures:
             save_video([clip], path, VideoFile("png_sequence", None))
         assert list(tmp_path.iterdir()) == []
 
-    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("format", VIDEOS)
     def test_what_the_frames_raise_comes_through(self, tmp_path, clip, format):
         def broken():
             yield clip
@@ -214,7 +254,7 @@ class FakeModels:
 
 @pytest.mark.usefixtures("quick_decode")
 class TestJobs:
-    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("format", VIDEOS)
     def test_a_job_of_each_format(self, tiny_models, tmp_path, format):
         data = quick_input(format=format, fps=15, mp4_crf=20, poster=True)
         reply = run_job(data, tiny_models)
@@ -315,7 +355,7 @@ class TestReproduce:
 
 
 class TestDamagedFiles:
-    @pytest.mark.parametrize("format", FORMATS)
+    @pytest.mark.parametrize("format", VIDEOS)
     def test_are_refused_in_one_sentence(self, tmp_path, clip, format):
         codec = next(iter(FORMATS[format].codecs), None)
         path = written(

@@ -9,7 +9,7 @@ import torch
 
 from core.pipeline import Models, generate_video_sync
 from core.pipeline.profiles import load_profile
-from core.request import VideoRequest
+from core.request import VideoRequest, parse_request
 from diffusers_helper import memory
 from tests.tiny import TINY
 
@@ -27,13 +27,13 @@ def models():
     return Models(load_profile(TINY), torch.device("cuda", 0), "resident", replace(TINY, encoding_cache_mb=0))
 
 
-def generate(models, tmp_path, **options):
-    """All section latents and the MP4's bytes."""
+def generate(models, tmp_path, request=REQUEST, **options):
+    """All section latents and the file's bytes."""
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     latents = []
     path = tmp_path / "video.mp4"
     generate_video_sync(
-        models, image, REQUEST, path, on_section=lambda s: latents.append(s.latents), **options
+        models, image, request, path, on_section=lambda s: latents.append(s.latents), **options
     )
     return torch.stack(latents), path.read_bytes()
 
@@ -46,6 +46,24 @@ def test_swapped_and_resident_give_the_same_video(models, tmp_path):
     models.set_memory_mode("resident")
     assert torch.equal(latents, expected_latents)
     assert video == expected_video
+
+
+def test_swapped_and_resident_give_the_same_picture(models, tmp_path):
+    """With less history than a video's sections have."""
+    request = parse_request(
+        {
+            "input_image": "given below",
+            "prompt": "a test",
+            "steps": 4,
+            "one_frame": {"no_2x": True, "no_4x": True},
+        }
+    )
+    models.set_memory_mode("resident")
+    _, expected = generate(models, tmp_path, request)
+    models.set_memory_mode("swap")
+    _, picture = generate(models, tmp_path, request)
+    models.set_memory_mode("resident")
+    assert picture == expected
 
 
 def test_streaming_every_block_gives_the_same_latents(models, tmp_path):

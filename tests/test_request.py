@@ -56,6 +56,7 @@ DEFAULTS = {
     "loras": [],
     "sections": [],
     "blend_sections": 0,
+    "one_frame": None,
 }
 
 BUCKET = {
@@ -374,6 +375,7 @@ NULLABLE = (
     "width",
     "height",
     "aspect_ratio",
+    "one_frame",
 )
 
 

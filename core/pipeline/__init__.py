@@ -24,6 +24,8 @@ from core.pipeline.conditioning import Conditioning, encode_conditioning
 from core.pipeline.decoding import VideoDecoder
 from core.pipeline.encoding import Encoder
 from core.pipeline.models import Models, initialize_models
+from core.pipeline.one_frame import plan_one_frame, sample_one_frame
+from core.pipeline.profiles import Direction
 from core.pipeline.sampling import SampledSection, sample_sections, schedule_mu
 from core.pipeline.sections import Section, SectionPlan, plan_sections
 from core.progress import Pace, Progress
@@ -96,9 +98,7 @@ def generate_video_sync(
     deadline = deadline or Deadline()
     direction = request.model or models.profile.direction
     check_direction(request, direction)
-    plan = plan_sections(
-        request.total_second_length, request.latent_window_size, direction, request.exact_length
-    )
+    plan = _plan(request, direction)
     progress = Progress(sections=len(plan.sections), steps=request.steps)
     pace = Pace(len(plan.sections) * request.steps, given=resumed.count * request.steps if resumed else 0)
 
@@ -139,9 +139,8 @@ def generate_video_sync(
     preserved_gb = math.inf if frugal else request.gpu_memory_preservation
     try:
         stage("sample", section=1)
-        for sampled in sample_sections(
-            models, plan, conditioning, request, seed, timer, on_step, preserved_gb, resumed
-        ):
+        job = models, plan, conditioning, request, seed, timer, on_step, preserved_gb
+        for sampled in sample_one_frame(*job) if request.one_frame else sample_sections(*job, resumed):
             on_section(sampled)
             if recorder:
                 recorder.add(sampled.latents, sampled.generator_state)
@@ -154,23 +153,16 @@ def generate_video_sync(
 
     whole = decoder.sections == len(plan.sections)
 
-    def finished_clips() -> Iterator[torch.Tensor]:
-        clips = decoder.clips()
-        if whole and plan.exact_frames is not None:
-            clips = first_frames(clips, plan.exact_frames)
-        for clip in clips:
-            check_cancelled()
-            yield clip
-
+    clips = _FinishedClips(decoder, plan.exact_frames if whole else None, check_cancelled)
     report(progress.at("mp4_encode", section=decoder.sections, step=request.steps))
     with timer.span("mp4_encode"):
         file = _file(request, embed({"shift": shift}) if embed else None)
         try:
-            frames = save_video(finished_clips(), path, file)
+            frames = save_video(clips, path, file)
         except VideoEncodingError:
             path = spare_filename() if spare_filename else path
-            frames = save_video(finished_clips(), path, file)
-        poster = first_frame_jpeg(finished_clips()) if request.poster else None
+            frames = save_video(clips, path, file)
+        poster = first_frame_jpeg(clips) if request.poster else None
     return GeneratedVideo(
         path=path,
         width=width,
@@ -184,6 +176,31 @@ def generate_video_sync(
         poster=poster,
         conditioning=conditioning,
     )
+
+
+def _plan(request: VideoRequest, direction: Direction) -> SectionPlan:
+    if request.one_frame:
+        return plan_one_frame(request, direction)
+    return plan_sections(
+        request.total_second_length, request.latent_window_size, direction, request.exact_length
+    )
+
+
+@dataclass(frozen=True)
+class _FinishedClips:
+    """The video's clips from the first on, each time they are gone through."""
+
+    decoder: VideoDecoder
+    exact_frames: int | None
+    check_cancelled: Callable[[], None]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        clips = self.decoder.clips()
+        if self.exact_frames is not None:
+            clips = first_frames(clips, self.exact_frames)
+        for clip in clips:
+            self.check_cancelled()
+            yield clip
 
 
 def _file(request: VideoRequest, embedded: str | None) -> VideoFile:

@@ -48,8 +48,8 @@ def section_tokens(plan: SectionPlan, height: int, width: int, patch: int, compr
     def frame(factor: int) -> int:
         return math.prod(math.ceil(side / (compression * patch * factor)) for side in (height, width))
 
-    nearest, half, quarter = HISTORY
-    clean = plan.window + 1 + nearest  # with the start image
+    _, half, quarter = HISTORY
+    clean = plan.window + len(plan.sections[0].clean)
     return clean * frame(1) + half // 2 * frame(2) + quarter // 4 * frame(4)
 
 

@@ -83,7 +83,7 @@ def sample_sections(
                 timer.section_span("sample"),
                 models.on_device("transformer", preserved_gb=preserved_gb),
             ):
-                latents = _sample(
+                latents = sample_latents(
                     models, noise, packed, seen, request, section, timer, on_step, new_cache
                 ).cpu()
 
@@ -128,7 +128,7 @@ def pack_history(
 
 
 @torch.inference_mode()
-def _sample(
+def sample_latents(
     models: Models,
     noise: torch.Tensor,
     packed: PackedHistory,
@@ -139,6 +139,7 @@ def _sample(
     on_step: OnStep,
     new_cache: NewCache,
 ) -> torch.Tensor:
+    """Denoise `noise` (1, 16, T, H/8, W/8) with the request's sampler; the transformer is on its device."""
     device, dtype = models.device, models.transformer_dtype
     sigmas = shifted_sigmas(request.steps, schedule_mu(models, request, noise.shape))
 

@@ -21,7 +21,7 @@ class Section:
 
     index: int  # in sampling order, from 0
     latents: tuple[int, ...]
-    clean: tuple[int, int]  # the start image and the nearest history frame
+    clean: tuple[int, ...]  # the start image and the nearest history frame; in a picture what it is made with
     history_2x: tuple[int, ...]
     history_4x: tuple[int, ...]
     adds_start: bool  # I2V's last section gets the start latent put before it
