@@ -303,7 +303,7 @@ def _parameters(request: VideoRequest, seed: int, models: Models, keyframes: dic
 def _warnings(
     request: VideoRequest, video: GeneratedVideo, models: Models, settings: Settings, retried: bool
 ) -> list[str]:
-    warnings = [*video.warnings]
+    warnings = [*video.warnings, *models.warnings]
     planned = len(video.plan.sections)
     if video.sections < planned:
         which = "end" if video.plan.direction == "i2v" else "start"
@@ -423,7 +423,7 @@ def _worker(models: Models, retried: bool) -> dict:
         "peak_memory_gb": round(torch.cuda.max_memory_allocated(models.device) / memory.GB, 2)
         if gpu
         else None,
-        "precision": str(models.transformer_dtype).removeprefix("torch."),
+        "precision": models.precision,
         "memory_mode": "swap" if retried else models.memory_mode,
         "profile": models.profile.name,
         "model_load_s": round(models.load_seconds, 3),

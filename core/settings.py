@@ -10,6 +10,7 @@ from pathlib import Path
 from core.errors import SettingsError
 
 MEMORY_MODES = ("auto", "resident", "swap")
+PRECISIONS = ("bf16", "fp8")
 PROFILES = ("framepack", "framepack-f1", "demo")
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -20,6 +21,7 @@ class Settings:
 
     model_profile: str = "framepack"  # MODEL_PROFILE: framepack | framepack-f1 | demo
     memory_mode: str = "auto"  # MEMORY_MODE: auto | resident | swap
+    precision: str = "bf16"  # PRECISION: bf16 | fp8, the transformer's; a checkpoint in fp8 is used as it is
     keep_both_models: bool = True  # KEEP_BOTH_MODELS: I2V and F1, once both were used, where memory allows
     framepack_model: str | None = None  # FRAMEPACK_MODEL: the I2V transformer, at the root
     framepack_f1_model: str | None = None  # FRAMEPACK_F1_MODEL: the F1 transformer, at the root
@@ -54,6 +56,7 @@ class Settings:
     def __post_init__(self) -> None:
         _one_of("MODEL_PROFILE", self.model_profile, PROFILES)
         _one_of("MEMORY_MODE", self.memory_mode, MEMORY_MODES)
+        _one_of("PRECISION", self.precision, PRECISIONS)
         _within("INLINE_LIMIT_MB", self.inline_limit_mb, 0, 14)  # /runsync takes 20 MB of base64
         _within("URL_EXPIRES_S", self.url_expires_s, 60, 7 * 24 * 3600)
         _within("UPLOAD_TIMEOUT_S", self.upload_timeout_s, 1, 24 * 3600)

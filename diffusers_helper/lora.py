@@ -1,6 +1,7 @@
 """Low-rank adaptations: read from a file's tensors, fitted to a model's modules, added to its weights.
 
 W ← W + weight · (alpha / rank) · up · down, summed in float32 over all LoRAs and rounded once to W's dtype.
+Beside a W in float8, where most of a small change would be rounded away, the product is a term of its own.
 Everything that is wrong with a file is a ValueError that names the key.
 """
 
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from diffusers_helper.fp8 import Fp8Linear
 from diffusers_helper.lora_names import Piece, module_names
 
 PREFIX = re.compile(
@@ -140,14 +142,16 @@ class Merge:
 
     In place, so that host copies which are streamed to the GPU, and pinned where they lie, are the ones
     changed; the model must be off the GPU, or there for good. The originals are kept in host memory unless
-    `keep_originals` is false, in which case only loading the model anew undoes it.
+    `keep_originals` is false, in which case only loading the model anew undoes it. Float8 layers keep their
+    weights and get a low-rank term, a new parameter.
     """
 
     def __init__(self, model: nn.Module, updates: Updates, keep_originals: Callable[[int], bool]) -> None:
         """`keep_originals` is asked with the number of bytes."""
         self._updates = updates
-        size = sum(_weight(model, module).nbytes for module in updates)
-        self._originals: dict[str, torch.Tensor] | None = {} if keep_originals(size) else None
+        self._beside = [name for name in updates if isinstance(model.get_submodule(name), Fp8Linear)]
+        size = sum(_weight(model, module).nbytes for module in updates if module not in self._beside)
+        self._originals: dict[str, torch.Tensor] | None = {} if not size or keep_originals(size) else None
 
     def apply(self, model: nn.Module, device: torch.device, check: Callable[[], None]) -> None:
         """Add them, computing on `device`. `check` runs before each module and may raise; then `undo`.
@@ -156,6 +160,10 @@ class Merge:
         """
         for module, updates in self._updates.items():
             check()
+            if module in self._beside:
+                layer = model.get_submodule(module)
+                layer.add_low_rank(*_finite(module, *_low_rank(updates, layer, device)))
+                continue
             weight = _weight(model, module)
             if self._originals is not None:
                 self._originals[module] = weight.to("cpu", copy=True)
@@ -164,10 +172,7 @@ class Merge:
             for start, stop, up, down, factor in updates:
                 up, down = (matrix.to(device).float() for matrix in (up, down))
                 rows[start:stop].addmm_(up, down, alpha=factor)
-            merged = merged.to(weight.dtype)
-            if not merged.isfinite().all():
-                raise ValueError(f"added to `{module}` it gives weights that are not finite")
-            weight.copy_(merged)
+            weight.copy_(*_finite(module, merged.to(weight.dtype)))
         self._updates = {}  # the matrices are the cache's to keep
 
     def undo(self, model: nn.Module) -> bool:
@@ -176,6 +181,8 @@ class Merge:
             return False
         for module, original in self._originals.items():
             _weight(model, module).copy_(original)
+        for module in self._beside:
+            model.get_submodule(module).remove_low_rank()
         return True
 
 
@@ -187,6 +194,24 @@ def shown(key: str) -> str:
 
 def _weight(model: nn.Module, module: str) -> torch.Tensor:
     return model.get_submodule(module).weight.data
+
+
+def _low_rank(
+    updates: Sequence[Update], layer: Fp8Linear, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer's updates as a single product up · down, in the dtype that it is computed in."""
+    ups = []
+    for start, stop, up, _, factor in updates:
+        ups.append(torch.zeros(layer.out_features, up.shape[1], device=device))
+        ups[-1][start:stop] = factor * up.to(device).float()
+    downs = [update.down.to(device).float() for update in updates]
+    return torch.cat(ups, dim=1).to(layer.dtype), torch.cat(downs).to(layer.dtype)
+
+
+def _finite(module: str, *matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    if not all(matrix.isfinite().all() for matrix in matrices):
+        raise ValueError(f"added to `{module}` it gives weights that are not finite")
+    return matrices
 
 
 def _layer(

@@ -317,6 +317,8 @@ def models(monkeypatch) -> SimpleNamespace:
         use_loras=lambda loras, check: [],
         memory_mode="resident",
         transformer_dtype=torch.float32,
+        precision="float32",
+        warnings=[],
         load_seconds=0.0,
     )
 

@@ -1,5 +1,6 @@
 """What only a GPU can show: moving models changes nothing but the time. Run with `pytest -m gpu`."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -8,10 +9,15 @@ import pytest
 import torch
 
 from core.pipeline import Models, generate_video_sync
+from core.pipeline.loading import load_transformer
+from core.pipeline.loras import ChosenLora
 from core.pipeline.profiles import load_profile
 from core.request import VideoRequest, parse_request
-from diffusers_helper import memory
-from tests.tiny import TINY
+from diffusers_helper import fp8, memory, upload
+from diffusers_helper.lora import parse_lora
+from tests.lora_formats import kohya, originals
+from tests.test_fp8 import made_layer
+from tests.tiny import TINY, TINY_MODELS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,3 +111,67 @@ def test_blocks_stay_resident_while_they_fit(models):
     assert memory.DynamicSwapInstaller.install_model(transformer, models.device, 0) == blocks
     memory.DynamicSwapInstaller.uninstall_model(transformer)
     models.set_memory_mode("resident")
+
+
+@pytest.fixture(scope="module")
+def fp8_models():
+    settings = replace(TINY, encoding_cache_mb=0, precision="fp8")
+    return Models(load_profile(TINY), torch.device("cuda", 0), "resident", settings)
+
+
+def test_fp8_weights_are_the_bits_that_a_cpu_makes(fp8_models):
+    expected = load_transformer(TINY_MODELS / "framepack", torch.bfloat16)
+    expected.output_in_float32()
+    fp8.quantise_linears(expected, torch.device("cpu"), torch.device("cpu"))
+    found = fp8_models.transformer.state_dict()
+    assert found.keys() == expected.state_dict().keys()
+    for key, tensor in expected.state_dict().items():
+        assert found[key].is_cuda and found[key].dtype == tensor.dtype
+        assert torch.equal(found[key].cpu().float(), tensor.float()), key
+
+
+def test_fp8_swapped_and_streamed_give_the_latents_of_resident(fp8_models, tmp_path):
+    """With a LoRA and without; a LoRA's parameters come after the blocks were collected for streaming."""
+    lora = parse_lora(kohya(originals(fp8_models.transformer)), [], {})
+    chosen = [ChosenLora("a", 1.0, (1,), lora)]
+
+    def latents(mode, loras, **options):
+        fp8_models.set_memory_mode(mode)
+        fp8_models.use_loras(loras)
+        return generate(fp8_models, tmp_path, **options)[0]
+
+    plain, with_lora = latents("resident", []), latents("resident", chosen)
+    assert not torch.equal(plain, with_lora)
+    for frugal in (False, True):
+        assert torch.equal(latents("swap", [], frugal=frugal), plain)
+        assert torch.equal(latents("swap", chosen, frugal=frugal), with_lora)
+        assert torch.equal(latents("swap", [], frugal=frugal), plain)
+    assert not any(p.is_cuda for p in fp8_models.transformer.parameters())
+    assert torch.equal(latents("resident", []), plain)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(3072, 12288), (15360, 3072)])
+def test_fp8_products(inputs, outputs):
+    """Those of the rounded factors, with an error of their own far below that of the rounding."""
+    device = torch.device("cuda", 0)
+    if not fp8.can_multiply(device):
+        pytest.skip("no fp8 products")
+    layer = made_layer(inputs, outputs).to(device)
+    for tokens in (1, 77, 2048):
+        x = torch.randn(1, tokens, inputs, device=device).bfloat16()
+        rows, scale = fp8.quantise(x[0])
+        weight = layer.weight.double() * layer.scale.double()
+        rounded = rows.double() * scale.double() @ weight.T + layer.bias.double()
+        exact = x[0].double() @ weight.T + layer.bias.double()
+        error = (layer(x)[0].double() - rounded).norm() / (exact - rounded).norm()
+        assert error < 0.5, f"{tokens} tokens"
+
+
+def test_moved_in_parallel_is_what_to_gives(monkeypatch):
+    monkeypatch.setattr(upload, "PIECE", 10_000)
+    device = torch.device("cuda", 0)
+    model = load_transformer(TINY_MODELS / "framepack", torch.bfloat16)
+    expected = copy.deepcopy(model).to(device)
+    upload.move_to_gpu([model], device)
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert ours.is_cuda and torch.equal(ours, theirs)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import diffusers
@@ -21,18 +20,20 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from core.errors import LoraError, ModelError
+from core.errors import LoraError
 from core.pipeline import weights
 from core.pipeline.encoding_cache import EncodingCache
+from core.pipeline.loading import load, load_transformer, load_weights, naming
 from core.pipeline.loras import ChosenLora, LoraCache, fit_loras
 from core.pipeline.magnitudes import Curves, curves_of
 from core.pipeline.profiles import Direction, ModelProfile, Source, load_profile
 from core.settings import Settings
-from diffusers_helper import memory
+from diffusers_helper import fp8, memory
 from diffusers_helper.host_memory import free_host_memory
 from diffusers_helper.lora import Merge, Updates
 from diffusers_helper.text import PromptEncoder, template_crop
 from diffusers_helper.transformer import FramePackTransformer
+from diffusers_helper.upload import move_to_gpu
 from diffusers_helper.vae import attend_framewise
 
 log = logging.getLogger(__name__)
@@ -79,16 +80,16 @@ class Models:
         hunyuan, redux = self._folder(profile.hunyuan), self._folder(profile.redux)
         transformer = self._folder(profile.transformers[profile.direction])
         half = self.encoder_dtype
-        self.tokenizer = _load(PreTrainedTokenizerFast, hunyuan / "tokenizer")
-        self.tokenizer_2 = _load(CLIPTokenizer, hunyuan / "tokenizer_2")
-        self.feature_extractor = _load(SiglipImageProcessorPil, redux / "feature_extractor")
-        with _naming(hunyuan / "tokenizer"):
+        self.tokenizer = load(PreTrainedTokenizerFast, hunyuan / "tokenizer")
+        self.tokenizer_2 = load(CLIPTokenizer, hunyuan / "tokenizer_2")
+        self.feature_extractor = load(SiglipImageProcessorPil, redux / "feature_extractor")
+        with naming(hunyuan / "tokenizer"):
             template_crop(self.tokenizer)
-        self.text_encoder = _load_weights(PromptEncoder, hunyuan / "text_encoder", dtype=half)
-        self.text_encoder_2 = _load_weights(CLIPTextModel, hunyuan / "text_encoder_2", dtype=half)
-        self.vae = _load_weights(AutoencoderKLHunyuanVideo, hunyuan / "vae", torch_dtype=half)
+        self.text_encoder = load_weights(PromptEncoder, hunyuan / "text_encoder", dtype=half)
+        self.text_encoder_2 = load_weights(CLIPTextModel, hunyuan / "text_encoder_2", dtype=half)
+        self.vae = load_weights(AutoencoderKLHunyuanVideo, hunyuan / "vae", torch_dtype=half)
         attend_framewise(self.vae)
-        self.image_encoder = _load_weights(SiglipVisionModel, redux / "image_encoder", dtype=half)
+        self.image_encoder = load_weights(SiglipVisionModel, redux / "image_encoder", dtype=half)
         self.direction: Direction = profile.direction
         self._magnitudes: WeakKeyDictionary[nn.Module, Curves] = WeakKeyDictionary()
         self.transformer: FramePackTransformer | None = self._load_transformer(transformer)
@@ -98,8 +99,25 @@ class Models:
         self._merges: WeakKeyDictionary[nn.Module, tuple[Merge | None, LoraSet | None]] = WeakKeyDictionary()
 
         self.memory_mode = ""
-        self.set_memory_mode(self._fitting_mode() if memory_mode == "auto" else memory_mode)
+        mode = self._fitting_mode() if memory_mode == "auto" else memory_mode
+        self._quantise(self.transformer, mode)
+        self.set_memory_mode(mode)
         self.load_seconds = time.perf_counter() - started
+
+    @property
+    def precision(self) -> str:
+        """Of the transformer: fp8, or its dtype."""
+        return "fp8" if fp8.is_fp8(self.transformer) else _name(self.transformer_dtype)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What this device cannot do of what the settings ask, for every reply."""
+        if self.precision == "fp8" and not fp8.multiplies(self.transformer):
+            return [
+                f"The transformer's weights are fp8, its products {_name(self.transformer_dtype)}, since the "
+                "worker's device has none in fp8: this saves memory, and no time."
+            ]
+        return []
 
     @property
     def magnitudes(self) -> Curves:
@@ -137,6 +155,8 @@ class Models:
         wanted = [(chosen.file, chosen.weight) for chosen in loras if chosen.weight]
         _, present = self._merges.get(self.transformer, (None, []))
         if present != wanted:
+            if fp8.is_fp8(self.transformer):
+                memory.forget(self.transformer)  # it gets other parameters, which are to be streamed too
             self._remove_loras()
             if wanted:
                 self._merge_loras(updates, wanted, check)
@@ -173,9 +193,10 @@ class Models:
         for module in self.modules():
             if mode == "resident":
                 memory.forget(module)
-                module.to(self.device)
             else:
                 module.to("cpu")
+        if mode == "resident":
+            move_to_gpu(self.modules(), self.device)
         self.memory_mode = mode
         memory.release_unused_memory(self.device)
 
@@ -213,6 +234,8 @@ class Models:
         if self.device.type == "cpu":
             return "resident"
         needed = sum(map(memory.weight_bytes, self.modules())) + RESIDENT_HEADROOM_GB * memory.GB
+        if self._settings.precision == "fp8":
+            needed -= fp8.saved_bytes(self.transformer)
         return "resident" if memory.free_gpu_memory(self.device) >= needed else "swap"
 
     def _folder(self, source: Source) -> Path:
@@ -257,8 +280,9 @@ class Models:
         if self.transformer is not None and not self._room_for_another():
             self._drop_transformer()
         transformer = self._load_transformer(folder)
+        self._quantise(transformer, self.memory_mode)
         if self.memory_mode == "resident":
-            transformer.to(self.device)
+            move_to_gpu([transformer], self.device)
         return transformer
 
     def _room_for_another(self) -> bool:
@@ -282,10 +306,19 @@ class Models:
             memory.release_unused_memory(self.device)
 
     def _load_transformer(self, folder: Path) -> FramePackTransformer:
-        model = _load_weights(FramePackTransformer, folder, torch_dtype=self.transformer_dtype)
+        """As its files have it, on the CPU."""
+        model = load_transformer(folder, self.transformer_dtype)
         model.output_in_float32()
         self._magnitudes[model] = curves_of(folder, model.config)
         return model
+
+    def _quantise(self, model: FramePackTransformer, mode: str) -> None:
+        """Put it into float8 where the settings say so, and its weights in float8 where the mode has them."""
+        if self._settings.precision == "fp8":
+            home = self.device if mode == "resident" else torch.device("cpu")
+            fp8.quantise_linears(model, self.device, home)
+        if fp8.is_fp8(model):
+            fp8.multiply_in_fp8(model, fp8.can_multiply(self.device))
 
 
 def initialize_models(settings: Settings | None = None) -> Models:
@@ -302,41 +335,5 @@ def initialize_models(settings: Settings | None = None) -> Models:
     return models
 
 
-def _load(loader: type, folder: Path, **options: Any) -> Any:
-    """`loader.from_pretrained` on a folder; whatever it raises becomes a ModelError."""
-    with _naming(folder):
-        return loader.from_pretrained(folder, local_files_only=True, **options)
-
-
-def _load_weights(loader: type, folder: Path, **options: Any) -> Any:
-    """As `_load`, for a module: frozen, in eval mode, and refused when a weight is missing or misshapen."""
-    model, info = _load(
-        loader,
-        folder,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        use_safetensors=True,
-        **options,
-    )
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"The model in {folder} lacks {len(missing)} of its weights, such as {missing[0]}.")
-    if mismatched := sorted(info["mismatched_keys"]):
-        name, shape, expected = mismatched[0]
-        raise ModelError(
-            f"The model in {folder} has {len(mismatched)} of its weights in the wrong shape, such as {name}: "
-            f"{tuple(shape)} instead of {tuple(expected)}."
-        )
-    return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def _naming(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if len(reason) > 300:
-            reason = f"{reason[:297]}..."
-        raise ModelError(f"The model in {folder} could not be loaded: {reason}") from error
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
