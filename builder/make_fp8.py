@@ -23,7 +23,7 @@ from core.errors import ModelError, WorkerError
 from core.pipeline.loading import FP8, PRECISION, stored_precision
 from core.pipeline.magnitudes import FILE as MAGNITUDES
 from core.pipeline.profiles import TRANSFORMER, Source, load_profile
-from core.pipeline.weights import check_files, locate
+from core.pipeline.weights import check_files, checkpoint_files, locate
 from core.settings import Settings
 from diffusers_helper.fp8 import is_fp8_weight, quantise
 
@@ -68,11 +68,8 @@ def make(folder: Path, to: Path) -> int:
     with tempfile.TemporaryDirectory(prefix=f".{to.name}-", dir=to.parent) as temporary:
         made = Path(temporary) / "whole"
         made.mkdir()
-        shards = [f"{checkpoint}.safetensors"]
-        if index.is_file():
-            shards = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         weight_map, size = {}, 0
-        for shard in shards:
+        for shard in checkpoint_files(folder, checkpoint):
             tensors = dict(_quantised(folder / shard))
             save_file(tensors, made / shard, {"format": "pt"})
             (made / shard).chmod(0o644)  # a worker may run as somebody else

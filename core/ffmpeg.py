@@ -161,8 +161,8 @@ def _readable(data: bytes) -> Iterator[int]:
     """A descriptor to read `data` from, which must fit into a pipe (4 kB at least). Raises OSError."""
     reader, writer = os.pipe()
     try:
-        os.write(writer, data)
-        os.close(writer)
+        with os.fdopen(writer, "wb") as pipe:
+            pipe.write(data)
         yield reader
     finally:
         os.close(reader)

@@ -14,7 +14,7 @@ from core.pipeline.caching import step_caches
 from core.pipeline.conditioning import Conditioning
 from core.pipeline.models import Models
 from core.pipeline.profiles import Direction
-from core.pipeline.sampling import OnStep, SampledSection, sample_latents
+from core.pipeline.sampling import OnStep, SampledSection, pack, sample_latents
 from core.pipeline.sections import HISTORY, Section, SectionPlan
 from core.request import VideoRequest
 from core.timing import JobTimer
@@ -76,14 +76,7 @@ def _pack(section: Section, images: list[torch.Tensor], models: Models) -> Packe
             return None
         batch, channels, _, *size = images[0].shape
         zeros = torch.zeros(batch, channels, len(positions) - len(latents), *size)
-        return torch.cat([*latents, zeros], dim=2).to(models.device, models.transformer_dtype)
+        return torch.cat([*latents, zeros], dim=2)
 
-    return PackedHistory(
-        indices_latents=torch.tensor(section.latents),
-        latents_clean=padded(images, section.clean),
-        indices_latents_clean=torch.tensor(section.clean),
-        latents_history_2x=padded([], section.history_2x),
-        indices_latents_history_2x=torch.tensor(section.history_2x),
-        latents_history_4x=padded([], section.history_4x),
-        indices_latents_history_4x=torch.tensor(section.history_4x),
-    )
+    clean, history_2x = padded(images, section.clean), padded([], section.history_2x)
+    return pack(section, clean, history_2x, padded([], section.history_4x), models)

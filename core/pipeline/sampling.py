@@ -111,19 +111,29 @@ def pack_history(
         history_4x, history_2x, nearest = history[:, :, -HISTORY_FRAMES:].split(HISTORY[::-1], dim=2)
     else:
         nearest, history_2x, history_4x = history[:, :, :HISTORY_FRAMES].split(HISTORY, dim=2)
-    target = models.device, models.transformer_dtype
+    return pack(section, torch.cat([start, nearest], dim=2), history_2x, history_4x, models)
 
-    def positions(indices: tuple[int, ...]) -> torch.Tensor:
-        return torch.tensor(indices)
+
+def pack(
+    section: Section,
+    clean: torch.Tensor,
+    history_2x: torch.Tensor | None,
+    history_4x: torch.Tensor | None,
+    models: Models,
+) -> PackedHistory:
+    """These latents at the section's positions, on the model's device and in its dtype."""
+
+    def there(latents: torch.Tensor | None) -> torch.Tensor | None:
+        return None if latents is None else latents.to(models.device, models.transformer_dtype)
 
     return PackedHistory(
-        indices_latents=positions(section.latents),
-        latents_clean=torch.cat([start, nearest], dim=2).to(*target),
-        indices_latents_clean=positions(section.clean),
-        latents_history_2x=history_2x.to(*target),
-        indices_latents_history_2x=positions(section.history_2x),
-        latents_history_4x=history_4x.to(*target),
-        indices_latents_history_4x=positions(section.history_4x),
+        indices_latents=torch.tensor(section.latents),
+        latents_clean=there(clean),
+        indices_latents_clean=torch.tensor(section.clean),
+        latents_history_2x=there(history_2x),
+        indices_latents_history_2x=torch.tensor(section.history_2x),
+        latents_history_4x=there(history_4x),
+        indices_latents_history_4x=torch.tensor(section.history_4x),
     )
 
 

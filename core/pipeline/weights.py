@@ -81,10 +81,15 @@ def missing_files(folder: Path, source: Source) -> list[str]:
     for part in source.parts:
         names = [*part.files]
         if part.checkpoint is not None:
-            index = folder / part.path(f"{part.checkpoint}.safetensors.index.json")
-            names += _shards(index) if index.is_file() else [f"{part.checkpoint}.safetensors"]
+            names += checkpoint_files(folder / part.folder, part.checkpoint)
         missing += [path for name in names if not (folder / (path := part.path(name))).is_file()]
     return missing
+
+
+def checkpoint_files(folder: Path, checkpoint: str) -> list[str]:
+    """Names of the weight files: those that the index in `folder` lists, or the only one."""
+    index = folder / f"{checkpoint}.safetensors.index.json"
+    return [*_shards(index)] if index.is_file() else [f"{checkpoint}.safetensors"]
 
 
 def hub_caches(settings: Settings) -> list[Path]:
