@@ -18,7 +18,6 @@ from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
     HunyuanVideoUpsampleCausal3D,
 )
 from torch import nn
-from torch._inductor import config as inductor
 
 from builder.demo.course import Course
 from builder.demo.optimizers import Optimizers
@@ -55,14 +54,15 @@ def train_vae(
 
     `clips` gives batches (B, 3, T, H, W) in −1…1 on `device`, T = 4k + 1.
     """
-    vae.to(device).train()
+    # channels last, as tensor cores want them
+    vae.to(device, memory_format=torch.channels_last_3d).train()
     optimizers = Optimizers(vae, is_inside, MATRIX_RATE, RATE)
     encode, decode = vae.encoder, vae.decoder
     if device.type == "cuda":
-        inductor.force_layout_optimization = True  # channels last, as tensor cores want them
         encode, decode = torch.compile(encode), torch.compile(decode)
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
     for step in course:
-        pixels = next(clips)
+        pixels = next(clips).contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             mean = vae.quant_conv(encode(pixels))[:, : vae.config.latent_channels].float()
             latents = mean + LATENT_NOISE * torch.randn_like(mean)
@@ -72,7 +72,8 @@ def train_vae(
         optimizers.step(course.done)
         if step % report_every == 0:
             yield {"step": step, "loss": round(loss.item(), 5), "psnr": round(mean_psnr(decoded, pixels), 2)}
-    vae.eval()
+    torch.backends.cudnn.benchmark = False
+    vae.to(memory_format=torch.contiguous_format).eval()
 
 
 def is_inside(name: str) -> bool:
