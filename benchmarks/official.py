@@ -29,7 +29,6 @@ from unittest.mock import MagicMock, patch
 import imageio_ffmpeg
 import numpy as np
 import torch
-import transformers
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoMidBlock3D
 from torch import nn
@@ -248,7 +247,8 @@ def _imported(checkout: Path, models: Makers) -> ModuleType:
                 given = _Given(lambda make=make: make(official))
                 undo.enter_context(patch.object(packed, name, given))
             else:
-                owner = importlib.import_module("diffusers") if name.startswith("Auto") else transformers
+                # by name: what `import transformers` gave is not always what a later import gets
+                owner = importlib.import_module("diffusers" if name.startswith("Auto") else "transformers")
                 undo.enter_context(patch.object(owner, name, _Given(make)))
         spec.loader.exec_module(demo)
     return demo
