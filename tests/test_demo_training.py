@@ -257,11 +257,16 @@ def test_the_transformer_learns_from_a_bank(clips):
     assert len(clips) == 6
     model = tiny_transformer()
     nn.init.zeros_(model.proj_out.weight)
-    rows = list(
-        transformer.train_transformer(model, clips, Course(steps=30), 2, CPU, seed=0, report_every=10)
+    kept = []
+    rows = transformer.train_transformer(
+        model, clips, Course(steps=30), 2, CPU, seed=0, report_every=10, keep=kept.append, keep_every=15
     )
+    rows = list(rows)
     assert rows[-1]["loss"] < 0.97 * rows[0]["loss"]
     assert not model.training
+    midway, last = (so_far.proj_out.weight for so_far in kept)
+    assert midway.any() and not torch.equal(midway, last)
+    assert torch.equal(last, model.proj_out.weight)
 
 
 def test_a_batch_of_the_bank_belongs_together(encoders, clips):

@@ -1,7 +1,8 @@
 """The demo transformer: the real class, small, trained on sections of both directions and every padding."""
 
+import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -67,10 +68,13 @@ def train_transformer(
     device: torch.device,
     seed: int,
     report_every: int = 100,
+    keep: Callable[[FramePackTransformer], None] = lambda _: None,
+    keep_every: int = 1000,
 ) -> Iterator[dict]:
     """Train `model`, and leave it the averaged weights; yields `{"step", "loss"}` now and then.
 
-    Every batch is one section of one direction, cut from clips of one size.
+    Every batch is one section of one direction, cut from clips of one size. `keep` is given a copy with the
+    averages so far every `keep_every` steps, so that a run that is cut off leaves a model.
     """
     draw = random.Random(seed)
     generator = torch.Generator(device).manual_seed(seed)
@@ -108,6 +112,10 @@ def train_transformer(
         if step % report_every == 0:
             yield {"step": step, "loss": round((total / report_every).item(), 5)}
             total.zero_()
+        if step % keep_every == 0:
+            so_far = copy.deepcopy(model)
+            averages.copy_to(so_far)
+            keep(so_far)
     averages.copy_to(model)
     model.eval()
 
