@@ -424,6 +424,7 @@ def _worker(models: Models, retried: bool) -> dict:
         if gpu
         else None,
         "precision": models.precision,
+        "compiled": models.compiled,
         "memory_mode": "swap" if retried else models.memory_mode,
         "profile": models.profile.name,
         "model_load_s": round(models.load_seconds, 3),

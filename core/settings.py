@@ -11,6 +11,7 @@ from core.errors import SettingsError
 
 MEMORY_MODES = ("auto", "resident", "swap")
 PRECISIONS = ("bf16", "fp8")
+COMPILE = ("off", "on")
 PROFILES = ("framepack", "framepack-f1", "demo")
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -22,6 +23,8 @@ class Settings:
     model_profile: str = "framepack"  # MODEL_PROFILE: framepack | framepack-f1 | demo
     memory_mode: str = "auto"  # MEMORY_MODE: auto | resident | swap
     precision: str = "bf16"  # PRECISION: bf16 | fp8, the transformer's; a checkpoint in fp8 is used as it is
+    compile: str = "off"  # COMPILE: off | on, the transformer's blocks, with torch.compile
+    compile_cache_dir: str | None = None  # COMPILE_CACHE_DIR; unset: compiled/ on the volume, or not kept
     keep_both_models: bool = True  # KEEP_BOTH_MODELS: I2V and F1, once both were used, where memory allows
     framepack_model: str | None = None  # FRAMEPACK_MODEL: the I2V transformer, at the root
     framepack_f1_model: str | None = None  # FRAMEPACK_F1_MODEL: the F1 transformer, at the root
@@ -57,6 +60,7 @@ class Settings:
         _one_of("MODEL_PROFILE", self.model_profile, PROFILES)
         _one_of("MEMORY_MODE", self.memory_mode, MEMORY_MODES)
         _one_of("PRECISION", self.precision, PRECISIONS)
+        _one_of("COMPILE", self.compile, COMPILE)
         _within("INLINE_LIMIT_MB", self.inline_limit_mb, 0, 14)  # /runsync takes 20 MB of base64
         _within("URL_EXPIRES_S", self.url_expires_s, 60, 7 * 24 * 3600)
         _within("UPLOAD_TIMEOUT_S", self.upload_timeout_s, 1, 24 * 3600)
@@ -79,6 +83,13 @@ class Settings:
     @property
     def lora_folder(self) -> Path:
         return Path(self.lora_dir) if self.lora_dir else self.volume_dir / "loras"
+
+    @property
+    def compile_cache(self) -> Path | None:
+        """What was compiled once is kept here; None: nowhere."""
+        if self.compile_cache_dir:
+            return Path(self.compile_cache_dir)
+        return self.volume / "compiled" if self.volume else None
 
     @property
     def lora_cache(self) -> Path:

@@ -318,6 +318,7 @@ def models(monkeypatch) -> SimpleNamespace:
         memory_mode="resident",
         transformer_dtype=torch.float32,
         precision="float32",
+        compiled=False,
         warnings=[],
         load_seconds=0.0,
     )

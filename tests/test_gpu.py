@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from core.pipeline import Models, generate_video_sync
+from core.pipeline.compiling import warm_up
 from core.pipeline.loading import load_transformer
 from core.pipeline.loras import ChosenLora
 from core.pipeline.profiles import load_profile
@@ -175,3 +176,15 @@ def test_moved_in_parallel_is_what_to_gives(monkeypatch):
     upload.move_to_gpu([model], device)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         assert ours.is_cuda and torch.equal(ours, theirs)
+
+
+def test_compiled_blocks_give_nearly_the_same_latents(models, tmp_path):
+    """Nearly: fused operations round less often."""
+    settings = replace(TINY, encoding_cache_mb=0, compile="on")
+    compiled = Models(load_profile(TINY), torch.device("cuda", 0), "resident", settings)
+    warm_up(compiled, None)
+    assert compiled.compiled and not compiled.warnings
+    expected, _ = generate(models, tmp_path)
+    found, _ = generate(compiled, tmp_path)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()

@@ -144,7 +144,9 @@ def test_settings_come_from_the_environment():
     assert settings == Settings(model_profile="demo", memory_mode="swap")
 
 
-@pytest.mark.parametrize("env", [{"MODEL_PROFILE": "wan"}, {"MEMORY_MODE": "maybe"}, {"PRECISION": "fp4"}])
+@pytest.mark.parametrize(
+    "env", [{"MODEL_PROFILE": "wan"}, {"MEMORY_MODE": "maybe"}, {"PRECISION": "fp4"}, {"COMPILE": "yes"}]
+)
 def test_a_wrong_setting_is_named(env):
     (name,) = env
     with pytest.raises(SettingsError, match=f"{name} must be one of"):

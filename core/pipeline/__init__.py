@@ -23,11 +23,12 @@ from core.pipeline.checkpoint import Checkpoint, Recorder
 from core.pipeline.conditioning import Conditioning, encode_conditioning
 from core.pipeline.decoding import VideoDecoder
 from core.pipeline.encoding import Encoder
-from core.pipeline.models import Models, initialize_models
+from core.pipeline.models import Models
 from core.pipeline.one_frame import plan_one_frame, sample_one_frame
 from core.pipeline.profiles import Direction
 from core.pipeline.sampling import SampledSection, sample_sections, schedule_mu
 from core.pipeline.sections import Section, SectionPlan, plan_sections
+from core.pipeline.start import initialize_models
 from core.progress import Pace, Progress
 from core.request import VideoRequest
 from core.timing import JobTimer

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-import diffusers
 import torch
-import transformers
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import nn
 from transformers import (
@@ -26,9 +24,10 @@ from core.pipeline.encoding_cache import EncodingCache
 from core.pipeline.loading import load, load_transformer, load_weights, naming
 from core.pipeline.loras import ChosenLora, LoraCache, fit_loras
 from core.pipeline.magnitudes import Curves, curves_of
-from core.pipeline.profiles import Direction, ModelProfile, Source, load_profile
+from core.pipeline.profiles import Direction, ModelProfile, Source
 from core.settings import Settings
 from diffusers_helper import fp8, memory
+from diffusers_helper.compiled import compile_blocks, is_compiled, uncompile_blocks
 from diffusers_helper.host_memory import free_host_memory
 from diffusers_helper.lora import Merge, Updates
 from diffusers_helper.text import PromptEncoder, template_crop
@@ -98,6 +97,7 @@ class Models:
         # what was merged into a transformer, and for which LoRAs; None where that was broken off
         self._merges: WeakKeyDictionary[nn.Module, tuple[Merge | None, LoraSet | None]] = WeakKeyDictionary()
 
+        self._not_compiled = "" if self._settings.compile == "on" else "it is off"  # and why
         self.memory_mode = ""
         mode = self._fitting_mode() if memory_mode == "auto" else memory_mode
         self._quantise(self.transformer, mode)
@@ -110,14 +110,23 @@ class Models:
         return "fp8" if fp8.is_fp8(self.transformer) else _name(self.transformer_dtype)
 
     @property
+    def compiled(self) -> bool:
+        """Whether the transformer's blocks are."""
+        return is_compiled(self.transformer)
+
+    @property
     def warnings(self) -> list[str]:
         """What this device cannot do of what the settings ask, for every reply."""
+        found = []
         if self.precision == "fp8" and not fp8.multiplies(self.transformer):
-            return [
+            found.append(
                 f"The transformer's weights are fp8, its products {_name(self.transformer_dtype)}, since the "
                 "worker's device has none in fp8: this saves memory, and no time."
-            ]
-        return []
+            )
+        if self._settings.compile == "on" and not self.compiled:
+            why = self._not_compiled or "in swap mode the blocks' weights come and go"
+            found.append(f"The transformer's blocks are not compiled: {why}.")
+        return found
 
     @property
     def magnitudes(self) -> Curves:
@@ -161,6 +170,13 @@ class Models:
             if wanted:
                 self._merge_loras(updates, wanted, check)
 
+    def do_without_compiling(self, why: str) -> None:
+        """From now on no transformer's blocks are compiled; replies give `why`."""
+        self._not_compiled = why
+        for model in (self.transformer, *self.idle):
+            if model is not None:
+                self._compile(model)
+
     def drop_transformers(self) -> None:
         """Free them all; `use_direction` loads them anew."""
         self._drop_idle()
@@ -198,6 +214,8 @@ class Models:
         if mode == "resident":
             move_to_gpu(self.modules(), self.device)
         self.memory_mode = mode
+        if self.transformer is not None:
+            self._compile(self.transformer)
         memory.release_unused_memory(self.device)
 
     @contextmanager
@@ -283,6 +301,7 @@ class Models:
         self._quantise(transformer, self.memory_mode)
         if self.memory_mode == "resident":
             move_to_gpu([transformer], self.device)
+        self._compile(transformer)
         return transformer
 
     def _room_for_another(self) -> bool:
@@ -312,6 +331,13 @@ class Models:
         self._magnitudes[model] = curves_of(folder, model.config)
         return model
 
+    def _compile(self, model: FramePackTransformer) -> None:
+        """Where the settings say so, and the weights stay: hooks that stream them are nothing to compile."""
+        if self.memory_mode == "resident" and not self._not_compiled:
+            compile_blocks(model)
+        else:
+            uncompile_blocks(model)
+
     def _quantise(self, model: FramePackTransformer, mode: str) -> None:
         """Put it into float8 where the settings say so, and its weights in float8 where the mode has them."""
         if self._settings.precision == "fp8":
@@ -319,20 +345,6 @@ class Models:
             fp8.quantise_linears(model, self.device, home)
         if fp8.is_fp8(model):
             fp8.multiply_in_fp8(model, fp8.can_multiply(self.device))
-
-
-def initialize_models(settings: Settings | None = None) -> Models:
-    """Load the models the environment (or `settings`) asks for, on the GPU when there is one.
-
-    Raises SettingsError or ModelError, each with one sentence.
-    """
-    settings = settings or Settings.from_env()
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-    models = Models(load_profile(settings), torch.device(device), settings.memory_mode, settings)
-    log.info("%s models loaded in %.1f s (%s)", models.profile.name, models.load_seconds, models.memory_mode)
-    return models
 
 
 def _name(dtype: torch.dtype) -> str:
