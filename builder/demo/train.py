@@ -40,7 +40,7 @@ from diffusers_helper.vae import attend_framewise
 TRAINED = ("encoders", "vae", "transformer")
 MINUTES = 23.0  # with the encoders' one and a half and all that is written, 25 on one H100
 VAE_FRAMES, VAE_CROP, VAE_BATCH = 17, 128, 8
-VAE_PHOTOGRAPHS = 0.4  # of the VAE's clips, besides those of the world itself
+VAE_PHOTOGRAPHS = 0.2  # of the VAE's clips, besides those of the world itself
 VAE_LATEST_START, LATEST_START = 120, 300  # frames; cameras and shapes have come to rest by then
 BANK_FRAMES, PARAPHRASES = 4 * CLIP_FRAMES, 3  # frames encoded at once
 PART_BATCHES = (0.35, 0.5, 0.15)  # of the bank's batches, by PARTS
