@@ -26,13 +26,12 @@ RUN apt-get update \
     && useradd --create-home worker
 
 
-# Only what fetching needs, so that nothing else fetches 43 GB again. Without core/pipeline/__init__.py, which
-# imports torch, `core.pipeline` is a namespace package.
+# Only what fetching needs, so that nothing else fetches 43 GB again.
 FROM system AS weights
 RUN pip install "huggingface_hub>=2,<3" "safetensors>=0.6,<1"
 WORKDIR /fetch
 COPY core/__init__.py core/errors.py core/settings.py core/
-COPY core/pipeline/hub.py core/pipeline/profiles.py core/pipeline/weights.py core/pipeline/
+COPY core/weights/__init__.py core/weights/files.py core/weights/hub.py core/weights/profiles.py core/weights/
 COPY builder/__init__.py builder/fetch_models.py builder/
 # none, i2v, f1 or both
 ARG BAKE_MODELS=none

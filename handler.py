@@ -31,6 +31,7 @@ from core.fitness import run_checks
 from core.progress import Progress
 from core.request import input_of
 from core.settings import Settings
+from core.weights.read_ahead import read_ahead
 from core.worker import Worker
 from runpod_posts import RunPodProgress, post_results_here
 
@@ -134,7 +135,7 @@ def main() -> None:
     try:
         if local:
             _check_test_input(given.test_input)
-        Settings.from_env()
+        read_ahead(Settings.from_env())
         if local or given.rp_serve_api:
             worker.start()
     except WorkerError as error:

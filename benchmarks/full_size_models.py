@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from builder.demo.encoders import write_clip_tokenizer, write_llama_tokenizer
-from core.pipeline.profiles import HUNYUAN, REDUX, TRANSFORMER, ModelProfile, Source
+from core.weights.profiles import HUNYUAN, REDUX, TRANSFORMER, ModelProfile, Source
 
 HEIGHT, WIDTH = 640, 608
 PROMPT = "The dancer spins slowly in front of the window, her dress following the turn."

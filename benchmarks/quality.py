@@ -43,11 +43,11 @@ from builder.demo.world import render
 from builder.measure_magnitudes import measure
 from core.images import decode_image
 from core.pipeline import Models, generate_video_sync, initialize_models
-from core.pipeline.profiles import DEMO_MODELS, Direction
 from core.pipeline.sections import FPS
 from core.request import VideoRequest, parse_request
 from core.settings import Settings
 from core.timing import JobTimer
+from core.weights.profiles import DEMO_MODELS, Direction
 from diffusers_helper.blending import to_uint8
 from diffusers_helper.vae import decode_latents
 

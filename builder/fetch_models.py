@@ -15,10 +15,10 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from core.errors import ModelError, WorkerError
-from core.pipeline.hub import GB, WORKERS, PlainFolder, Snapshot, damaged_files, fetch
-from core.pipeline.profiles import Source, load_profile
-from core.pipeline.weights import check_files
 from core.settings import Settings
+from core.weights.files import check_files
+from core.weights.hub import GB, WORKERS, PlainFolder, Snapshot, damaged_files, fetch
+from core.weights.profiles import Source, load_profile
 
 DIRECTIONS = {"i2v": ("i2v",), "f1": ("f1",), "both": ("i2v", "f1")}
 

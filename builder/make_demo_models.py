@@ -67,9 +67,9 @@ def take(run: Path, weights: Path) -> None:
 
     Raises ModelError with one sentence, before anything is written, when they are not whole or too large.
     """
-    from core.pipeline.profiles import load_profile  # these need torch, which `place` does not
-    from core.pipeline.weights import check_files
     from core.settings import Settings
+    from core.weights.files import check_files
+    from core.weights.profiles import load_profile  # these need torch, which `place` does not
 
     for source in load_profile(Settings(model_profile="demo")).sources("i2v"):
         check_files(run / Path(source.location).name, source)

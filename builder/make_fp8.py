@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from core.errors import ModelError, WorkerError
 from core.pipeline.loading import FP8, PRECISION, stored_precision
 from core.pipeline.magnitudes import FILE as MAGNITUDES
-from core.pipeline.profiles import TRANSFORMER, Source, load_profile
-from core.pipeline.weights import check_files, checkpoint_files, locate
 from core.settings import Settings
+from core.weights.files import check_files, checkpoint_files, locate
+from core.weights.profiles import TRANSFORMER, Source, load_profile
 from diffusers_helper.fp8 import is_fp8_weight, quantise
 
 GB = 1_000_000_000

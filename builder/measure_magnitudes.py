@@ -25,10 +25,10 @@ from core.pipeline.encoding import Encoder
 from core.pipeline.magnitudes import write
 from core.pipeline.sampling import sample_sections
 from core.pipeline.sections import plan_sections
-from core.pipeline.weights import locate
 from core.request import VideoRequest, parse_request
 from core.settings import Settings
 from core.timing import JobTimer
+from core.weights.files import locate
 from diffusers_helper.buckets import nearest_bucket, resize_and_center_crop
 from diffusers_helper.magcache import MagnitudeCurve, MagnitudeRecorder
 

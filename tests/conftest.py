@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
 def tiny_models():
     """The tiny models on the CPU, without a cache of encodings. Tests must leave them as they found them."""
     from core.pipeline import Models
-    from core.pipeline.profiles import load_profile
+    from core.weights.profiles import load_profile
     from tests.tiny import TINY
 
     return Models(load_profile(TINY), torch.device("cpu"), settings=replace(TINY, encoding_cache_mb=0))

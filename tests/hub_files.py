@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from core.pipeline.profiles import HUNYUAN, REDUX, TRANSFORMER, Source, load_profile
 from core.settings import Settings
+from core.weights.profiles import HUNYUAN, REDUX, TRANSFORMER, Source, load_profile
 
 SHARDS = ("-00001-of-00002.safetensors", "-00002-of-00002.safetensors", ".safetensors.index.json")
 

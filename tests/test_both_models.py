@@ -11,8 +11,8 @@ from core.errors import ModelError
 from core.job import run_job
 from core.pipeline import Models
 from core.pipeline.models import HOST_HEADROOM_GB, RESIDENT_HEADROOM_GB
-from core.pipeline.profiles import load_profile
 from core.settings import Settings, SettingsError
+from core.weights.profiles import load_profile
 from diffusers_helper import host_memory, memory
 from tests.test_endurance import quick_input
 from tests.tiny import TINY, TINY_MODELS

@@ -15,8 +15,8 @@ from builder import make_demo_models
 from builder.make_demo_models import MIB, MOST_OF_A_FILE, MOST_OF_ALL, WEIGHTS, main, place, read_sums, take
 from core.errors import ModelError
 from core.pipeline import Models
-from core.pipeline.profiles import HUNYUAN, REDUX, TRANSFORMER, load_profile
 from core.settings import Settings
+from core.weights.profiles import HUNYUAN, REDUX, TRANSFORMER, load_profile
 from tests.hub_files import NEEDED, make_files
 from tests.tiny import models_at
 

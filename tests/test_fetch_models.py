@@ -12,9 +12,9 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 
 from builder.fetch_models import main
 from core.errors import ModelError
-from core.pipeline import hub as fetching
-from core.pipeline.hub import PlainFolder, Snapshot, fetch
-from core.pipeline.profiles import HUNYUAN, TRANSFORMER, Source
+from core.weights import hub as fetching
+from core.weights.hub import PlainFolder, Snapshot, fetch
+from core.weights.profiles import HUNYUAN, TRANSFORMER, Source
 from tests.fake_hub import COMMIT, FakeHub, asking, etag, fake_hub
 from tests.fake_runpod import environment
 from tests.hub_files import NEEDED, UNNEEDED, default_sources, make_files, make_repositories

@@ -20,8 +20,8 @@ from core.job import run_job
 from core.pipeline import Models
 from core.pipeline.loading import load_transformer
 from core.pipeline.models import RESIDENT_HEADROOM_GB
-from core.pipeline.profiles import load_profile
 from core.settings import Settings
+from core.weights.profiles import load_profile
 from diffusers_helper import fp8, memory
 from diffusers_helper.lora import Merge, fit, parse_lora
 from tests.lora_formats import added, in_diffusers_names, kohya, originals, peft

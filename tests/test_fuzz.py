@@ -44,9 +44,9 @@ from core.fetch import fetch_url
 from core.guard import PORTS, check_url
 from core.images import decode_image
 from core.pipeline.loras import LoraCache
-from core.pipeline.profiles import load_profile
 from core.request import ALIASES, S3Config, VideoRequest, echo_of, parse_request
 from core.settings import Settings
+from core.weights.profiles import load_profile
 from core.worker import Worker
 from diffusers_helper.magcache import PUBLISHED
 from tests.damaged_images import check_image, damaged_images, samples

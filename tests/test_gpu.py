@@ -12,8 +12,8 @@ from core.pipeline import Models, generate_video_sync
 from core.pipeline.compiling import warm_up
 from core.pipeline.loading import load_transformer
 from core.pipeline.loras import ChosenLora
-from core.pipeline.profiles import load_profile
 from core.request import VideoRequest, parse_request
+from core.weights.profiles import load_profile
 from diffusers_helper import fp8, memory, upload
 from diffusers_helper.lora import parse_lora
 from tests.lora_formats import kohya, originals

@@ -68,9 +68,9 @@ def test_helpers_know_no_request_and_no_environment(path):
     assert not tops(imported(path)) & {"core", "runpod", "handler", "os", "pydantic", "builder"}
 
 
-@pytest.mark.parametrize("name", ["sections", "profiles"])
+@pytest.mark.parametrize("name", ["pipeline/sections", "weights/profiles"])
 def test_planning_needs_no_torch(name):
-    names = imported(ROOT / "core" / "pipeline" / f"{name}.py")
+    names = imported(ROOT / "core" / f"{name}.py")
     assert not tops(names) & {"torch", "diffusers", "diffusers_helper"}
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from core.pipeline.profiles import load_profile
 from core.settings import Settings
+from core.weights.profiles import load_profile
 from tests.fake_hub import fake_hub
 from tests.fake_runpod import environment, run_handler
 from tests.tiny import TINY_MODELS

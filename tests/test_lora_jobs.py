@@ -11,8 +11,8 @@ import core.job
 from core.errors import CancelledError, LatentsMismatchError, LoraError, LoraNotApplicableError
 from core.job import run_job
 from core.pipeline import Models, generate_video_sync
-from core.pipeline.profiles import load_profile
 from core.settings import Settings
+from core.weights.profiles import load_profile
 from core.worker import Worker
 from tests.lora_formats import added, kohya, originals, peft
 from tests.test_endurance import quick_input

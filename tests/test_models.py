@@ -13,10 +13,10 @@ from transformers import LlamaModel
 
 from core.errors import ModelError
 from core.pipeline import Models, initialize_models
-from core.pipeline.profiles import TRANSFORMER, Source, load_profile
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import plan_sections
 from core.settings import Settings
+from core.weights.profiles import TRANSFORMER, Source, load_profile
 from diffusers_helper.text import PromptEncoder
 from tests.tiny import TINY, TINY_MODELS, models_at
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 import core.pipeline
 from core.pipeline import Models, generate_video_sync
-from core.pipeline.profiles import load_profile
 from core.request import VideoRequest
+from core.weights.profiles import load_profile
 from tests.tiny import TINY
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -20,11 +20,11 @@ from core.pipeline.caching import CACHES, step_caches
 from core.pipeline.conditioning import encode_conditioning
 from core.pipeline.encoding import Encoder
 from core.pipeline.magnitudes import FILE, FRAMEPACK, curves_of
-from core.pipeline.profiles import load_profile
 from core.pipeline.sampling import sample_sections
 from core.pipeline.sections import plan_sections
 from core.request import VideoRequest, parse_request
 from core.timing import JobTimer
+from core.weights.profiles import load_profile
 from diffusers_helper.magcache import PUBLISHED, MagCache, MagnitudeCurve, MagnitudeRecorder
 from diffusers_helper.samplers import SAMPLERS
 from diffusers_helper.schedule import shifted_sigmas

@@ -11,10 +11,10 @@ import pytest
 from huggingface_hub import constants
 
 from core.errors import ModelError
-from core.pipeline.hub import PlainFolder, Snapshot, partial_of
-from core.pipeline.profiles import HUNYUAN, TRANSFORMER, Source, load_profile
-from core.pipeline.weights import check_files, check_sources, find, locate, missing_files
 from core.settings import Settings, SettingsError
+from core.weights.files import check_files, check_sources, find, locate, missing_files
+from core.weights.hub import PlainFolder, Snapshot, partial_of
+from core.weights.profiles import HUNYUAN, TRANSFORMER, Source, load_profile
 from tests.fake_hub import COMMIT, asking, fake_hub
 from tests.hub_files import NEEDED, default_sources, make_files, make_repositories
 

@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-from core.pipeline.profiles import Direction
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import HISTORY_FRAMES, Section, SectionPlan, frames_of, plan_sections
+from core.weights.profiles import Direction
 from diffusers_helper.transformer import PackedHistory
 
 WINDOW = 9

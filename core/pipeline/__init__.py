@@ -25,7 +25,6 @@ from core.pipeline.decoding import VideoDecoder
 from core.pipeline.encoding import Encoder
 from core.pipeline.models import Models
 from core.pipeline.one_frame import plan_one_frame, sample_one_frame
-from core.pipeline.profiles import Direction
 from core.pipeline.sampling import SampledSection, sample_sections, schedule_mu
 from core.pipeline.sections import Section, SectionPlan, plan_sections
 from core.pipeline.start import initialize_models
@@ -33,6 +32,7 @@ from core.progress import Pace, Progress
 from core.request import VideoRequest
 from core.timing import JobTimer
 from core.video import VideoFile, first_frame_jpeg, save_video
+from core.weights.profiles import Direction
 from diffusers_helper.blending import first_frames
 from diffusers_helper.buckets import resize_and_center_crop
 from diffusers_helper.preview import LatentPreview

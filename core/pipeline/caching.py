@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import partial
 
 from core.pipeline.magnitudes import Curves, curve_for
-from core.pipeline.profiles import Direction
 from core.request import VideoRequest
+from core.weights.profiles import Direction
 from diffusers_helper.first_block_cache import FirstBlockCache
 from diffusers_helper.magcache import MagCache
 from diffusers_helper.step_cache import StepCache

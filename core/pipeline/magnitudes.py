@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ModelError, RequestError
-from core.pipeline.profiles import Direction
+from core.weights.profiles import Direction
 from diffusers_helper.magcache import PUBLISHED, MagnitudeCurve
 
 FILE = "magnitudes.json"

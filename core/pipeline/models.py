@@ -19,13 +19,13 @@ from transformers import (
 )
 
 from core.errors import LoraError
-from core.pipeline import weights
 from core.pipeline.encoding_cache import EncodingCache
 from core.pipeline.loading import load, load_transformer, load_weights, naming
 from core.pipeline.loras import ChosenLora, LoraCache, fit_loras
 from core.pipeline.magnitudes import Curves, curves_of
-from core.pipeline.profiles import Direction, ModelProfile, Source
 from core.settings import Settings
+from core.weights import files
+from core.weights.profiles import Direction, ModelProfile, Source
 from diffusers_helper import fp8, memory
 from diffusers_helper.compiled import compile_blocks, is_compiled, uncompile_blocks
 from diffusers_helper.host_memory import free_host_memory
@@ -258,8 +258,8 @@ class Models:
 
     def _folder(self, source: Source) -> Path:
         """Where the source's files are, all there and none cut short."""
-        folder = weights.locate(source, self._settings)
-        weights.check_files(folder, source)
+        folder = files.locate(source, self._settings)
+        files.check_files(folder, source)
         return folder
 
     def _merge_loras(self, updates: Updates, wanted: LoraSet, check: Callable[[], None]) -> None:

@@ -13,11 +13,11 @@ from core.one_frame import as_used, sees_reference
 from core.pipeline.caching import step_caches
 from core.pipeline.conditioning import Conditioning
 from core.pipeline.models import Models
-from core.pipeline.profiles import Direction
 from core.pipeline.sampling import OnStep, SampledSection, pack, sample_latents
 from core.pipeline.sections import HISTORY, Section, SectionPlan
 from core.request import VideoRequest
 from core.timing import JobTimer
+from core.weights.profiles import Direction
 from diffusers_helper.transformer import PackedHistory
 
 

@@ -7,7 +7,7 @@ forwards, each section seeing the start image and what came before.
 
 from dataclasses import dataclass
 
-from core.pipeline.profiles import Direction
+from core.weights.profiles import Direction
 
 FPS = 30
 TEMPORAL_COMPRESSION = 4  # video frames per latent frame, after the first

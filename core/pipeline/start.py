@@ -8,8 +8,8 @@ import transformers
 
 from core.pipeline.compiling import warm_up
 from core.pipeline.models import Models
-from core.pipeline.profiles import load_profile
 from core.settings import Settings
+from core.weights.profiles import load_profile
 
 log = logging.getLogger(__name__)
 

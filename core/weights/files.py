@@ -13,9 +13,9 @@ from huggingface_hub import constants, is_offline_mode
 from safetensors import SafetensorError, safe_open
 
 from core.errors import ModelError
-from core.pipeline.hub import PlainFolder, Snapshot, fetch, partial_of
-from core.pipeline.profiles import ModelProfile, Source
 from core.settings import Settings
+from core.weights.hub import PlainFolder, Snapshot, fetch, partial_of
+from core.weights.profiles import ModelProfile, Source
 
 log = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from huggingface_hub.utils import (
 from huggingface_hub.utils.sha import git_hash
 
 from core.errors import ModelError
-from core.pipeline.profiles import Source
+from core.weights.profiles import Source
 
 WORKERS = 8
 ATTEMPTS = 5  # at a file, since its last byte arrived
