@@ -9,12 +9,14 @@ import argparse
 import base64
 import io
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoFramepackTransformer3DModel
 from PIL import Image
+from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -99,17 +101,22 @@ def make_full_size_models(folder: Path) -> None:
     )
     for path, dtype, make in parts:
         started = time.perf_counter()
-        with torch.device("meta"):
-            model = make().to(dtype)
-        model.to_empty(device=device)
-        generator = torch.Generator(device).manual_seed(0)
-        for name, parameter in model.named_parameters():
-            norm = parameter.ndim == 1 and name.endswith("weight")  # scales near 1 keep the numbers sane
-            parameter.data.normal_(1.0 if norm else 0.0, 0.02, generator=generator)
+        model = with_random_weights(make, dtype, torch.device(device))
         model.save_pretrained(path)
         print(f"{path}: {time.perf_counter() - started:.1f} s", flush=True)
         del model
         torch.cuda.empty_cache()
+
+
+def with_random_weights(make: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    with torch.device("meta"):
+        model = make().to(dtype)
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        norm = parameter.ndim == 1 and name.endswith("weight")  # scales near 1 keep the numbers sane
+        parameter.data.normal_(1.0 if norm else 0.0, 0.02, generator=generator)
+    return model
 
 
 def framepack_transformer() -> HunyuanVideoFramepackTransformer3DModel:

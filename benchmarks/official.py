@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoMidBlock3D
+from diffusers.models.normalization import AdaLayerNormContinuous, FP32LayerNorm, RMSNorm
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, LlamaModel, PreTrainedTokenizerFast, SiglipVisionModel
 from transformers import SiglipImageProcessorPil as SiglipImageProcessor
@@ -42,6 +44,8 @@ from diffusers_helper.memory import GB
 # by the name of the class that the demo loads it with; the transformer's is given the official class
 Makers = dict[str, Callable[..., Any]]
 
+NORMS = (nn.LayerNorm, RMSNorm, FP32LayerNorm, AdaLayerNormContinuous)
+_THEIR_FORWARDS: dict[type[nn.Module], Callable] = {}
 ENCODERS = ("encode_prompt_conds", "vae_encode", "hf_clip_vision_encode")
 ATTENTION = {"sageattn": "sageattention", "flash_attn_func": "flash-attn", "xformers_attn_func": "xformers"}
 
@@ -50,27 +54,36 @@ def twins(models: Models) -> Makers:
     """What makes the official demo's models of ours: modules of their own, sharing every weight."""
 
     def vae() -> nn.Module:
-        copied = _sharing_weights(models.vae)
+        copied = sharing_weights(models.vae)
         for coder in (copied.encoder, copied.decoder):
             coder.mid_block.__class__ = HunyuanVideoMidBlock3D  # the library's, as the demo has it
         return copied
 
-    def transformer(official: type) -> nn.Module:
-        with torch.device("meta"):
-            theirs = official.from_config(models.transformer.config)
-        theirs.load_state_dict(models.transformer.state_dict(), assign=True)
-        return theirs
-
     return {
-        "LlamaModel": lambda: _sharing_weights(models.text_encoder),
-        "CLIPTextModel": lambda: _sharing_weights(models.text_encoder_2),
+        "LlamaModel": lambda: sharing_weights(models.text_encoder),
+        "CLIPTextModel": lambda: sharing_weights(models.text_encoder_2),
         "LlamaTokenizerFast": lambda: models.tokenizer,
         "CLIPTokenizer": lambda: models.tokenizer_2,
         "AutoencoderKLHunyuanVideo": vae,
         "SiglipImageProcessor": lambda: models.feature_extractor,
-        "SiglipVisionModel": lambda: _sharing_weights(models.image_encoder),
-        "HunyuanVideoTransformer3DModelPacked": transformer,
+        "SiglipVisionModel": lambda: sharing_weights(models.image_encoder),
+        "HunyuanVideoTransformer3DModelPacked": partial(twin_transformer, models.transformer),
     }
+
+
+def official_transformer(checkout: Path) -> type[nn.Module]:
+    """The class of a checkout's transformer."""
+    with _their_packages(checkout.resolve()), _own_norms(), redirect_stdout(io.StringIO()):
+        return _packed().HunyuanVideoTransformer3DModelPacked
+
+
+def twin_transformer(ours: nn.Module, official: type[nn.Module]) -> nn.Module:
+    """The official class over our weights' memory."""
+    with torch.device("meta"):
+        theirs = official.from_config(ours.config)
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    theirs.high_quality_fp32_output_for_inference = True  # as the demo has it
+    return _with_their_norms(theirs)
 
 
 def from_disk(folder: Path) -> Makers:
@@ -89,8 +102,8 @@ def from_disk(folder: Path) -> Makers:
         ),
         "SiglipImageProcessor": lambda: SiglipImageProcessor.from_pretrained(redux / "feature_extractor"),
         "SiglipVisionModel": lambda: SiglipVisionModel.from_pretrained(redux / "image_encoder", dtype=half),
-        "HunyuanVideoTransformer3DModelPacked": lambda official: official.from_pretrained(
-            folder / "framepack", torch_dtype=bfloat16
+        "HunyuanVideoTransformer3DModelPacked": lambda official: _with_their_norms(
+            official.from_pretrained(folder / "framepack", torch_dtype=bfloat16)
         ),
     }
 
@@ -106,6 +119,7 @@ class OfficialDemo:
         checkout, folder = checkout.resolve(), folder.resolve()
         with (
             _their_packages(checkout),
+            _own_norms(),
             _half_for(self._device),
             chdir(folder),
             redirect_stdout(io.StringIO()),
@@ -240,7 +254,7 @@ def _imported(checkout: Path, models: Makers) -> ModuleType:
         undo.enter_context(patch.dict(os.environ))  # it sets HF_HOME
         memory = importlib.import_module("diffusers_helper.memory")
         undo.enter_context(patch.object(memory, "get_cuda_free_memory_gb", lambda *_: math.inf))
-        packed = importlib.import_module("diffusers_helper.models.hunyuan_video_packed")
+        packed = _packed()
         official = packed.HunyuanVideoTransformer3DModelPacked
         for name, make in models.items():
             if name == official.__name__:
@@ -252,6 +266,10 @@ def _imported(checkout: Path, models: Makers) -> ModuleType:
                 undo.enter_context(patch.object(owner, name, _Given(make)))
         spec.loader.exec_module(demo)
     return demo
+
+
+def _packed() -> ModuleType:
+    return importlib.import_module("diffusers_helper.models.hunyuan_video_packed")
 
 
 def _attention_of(transformer: nn.Module) -> str:
@@ -281,7 +299,7 @@ class _Unmoved:
         return self._module
 
 
-def _sharing_weights(module: nn.Module) -> nn.Module:
+def sharing_weights(module: nn.Module) -> nn.Module:
     """A copy of the module whose parameters and buffers are new objects over the same memory."""
     shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
     shared |= {id(b): b.detach() for b in module.buffers()}
@@ -307,6 +325,31 @@ def _their_packages(checkout: Path) -> Iterator[None]:
             if name.split(".")[0] == "diffusers_helper" or name in stand_ins:
                 del sys.modules[name]
         sys.modules.update(hidden)
+
+
+@contextmanager
+def _own_norms() -> Iterator[None]:
+    """Importing their package gives these classes, which are ours too, other forwards: only in the block."""
+    before = {norm: vars(norm)["forward"] for norm in NORMS}
+    try:
+        yield
+    finally:
+        for norm, forward in before.items():
+            _THEIR_FORWARDS[norm] = vars(norm)["forward"]
+            norm.forward = forward
+
+
+def _with_their_norms(transformer: nn.Module) -> nn.Module:
+    """While it runs, the classes have the forwards that it was written for."""
+
+    def enter(*_: Any) -> None:
+        for norm, forward in _THEIR_FORWARDS.items():
+            undo.enter_context(patch.object(norm, "forward", forward))
+
+    undo = ExitStack()
+    transformer.register_forward_pre_hook(enter)
+    transformer.register_forward_hook(lambda *_: undo.close(), always_call=True)
+    return transformer
 
 
 @contextmanager

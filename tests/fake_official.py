@@ -3,12 +3,23 @@
 from pathlib import Path
 
 PACKED = """
+import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
+
+
+def norm(self, x):
+    norm.calls += 1
+    return torch.nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+norm.calls = 0
+torch.nn.LayerNorm.forward = norm  # as the official package changes the library's classes
 
 
 class HunyuanVideoTransformer3DModelPacked(HunyuanVideoFramepackTransformer3DModel):
     def forward(self, image_embeddings, latent_indices, clean_latents, clean_latent_indices, clean_latents_2x,
                 clean_latent_2x_indices, clean_latents_4x, clean_latent_4x_indices, **shared):
+        self.proj_out.to(clean_latents.dtype)
         return super().forward(
             image_embeds=image_embeddings, indices_latents=latent_indices[0], latents_clean=clean_latents,
             indices_latents_clean=clean_latent_indices[0], latents_history_2x=clean_latents_2x,

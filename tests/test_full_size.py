@@ -8,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import full_size, full_size_models, official
+from benchmarks import evaluations, full_size, full_size_models, official
 from benchmarks.cold_load import cold_load
 from benchmarks.floors import Rates, disk_rate, evict, flop_of
 from benchmarks.full_size import Row, decoded_frames, main, table
 from benchmarks.official import OfficialDemo, twins
+from core.pipeline.loading import load_transformer
 from diffusers_helper.vae import FramewiseMidBlock
 from tests.fake_official import write_fake_official
 from tests.tiny import TINY_MODELS
@@ -81,6 +83,13 @@ class TestOfficial:
         assert os.environ.get("HF_HOME") != "elsewhere"
         assert torch.float16 is not torch.float32
 
+    def test_the_norms_that_it_changes_are_changed_for_it_alone(self, demo, picture):
+        theirs = type(demo.transformer).forward.__globals__["norm"]
+        assert nn.LayerNorm.forward is not theirs
+        demo.run(picture, FIELDS)
+        assert theirs.calls
+        assert nn.LayerNorm.forward is not theirs
+
     def test_it_says_how_it_attends(self, demo, monkeypatch):
         assert demo.attention == "torch's SDPA"
         found = type(demo.transformer).forward.__globals__
@@ -92,6 +101,28 @@ class TestOfficial:
         assert theirs.decoder.conv_in.conv.weight.data_ptr() == ours.decoder.conv_in.conv.weight.data_ptr()
         assert not isinstance(theirs.decoder.mid_block, FramewiseMidBlock)
         assert isinstance(ours.decoder.mid_block, FramewiseMidBlock)
+
+
+def test_every_way_to_evaluate_beside_the_official_model(checkout, small_frames, capsys, monkeypatch):
+    marked = []  # tests/test_compile.py compiles
+    monkeypatch.setattr(evaluations, "compile_blocks", marked.append)
+    monkeypatch.setattr(
+        evaluations, "load_transformer", lambda path, _: load_transformer(path, torch.bfloat16)
+    )
+    model = TINY_MODELS / "framepack"
+    evaluations.main(["--model", str(model), "--official", str(checkout), "--window", "3", "--rounds", "1"])
+    lines = re.findall(r"^\|.*", capsys.readouterr().out, re.M)
+    rows = {
+        name: cells
+        for name, *cells in ([c.strip() for c in line.strip("|").split("|")] for line in lines[2:])
+    }
+    assert [*rows] == ["official", "ours", "ours, compiled", "fp8", "fp8, compiled"]
+    errors = {name: float(cells[2]) for name, cells in rows.items()}
+    assert 1e-4 < errors["ours"] < 0.01  # what bfloat16 rounds away
+    assert errors["ours, compiled"] < 2 * errors["ours"] < errors["fp8"] < 0.05
+    assert abs(errors["fp8, compiled"] - errors["fp8"]) < 0.01
+    assert rows["official"][1] == "1.000"
+    assert len(marked) == 2
 
 
 def test_a_table_of_both_with_floors(checkout, small_frames, capsys):
