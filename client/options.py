@@ -40,6 +40,15 @@ FIELD_FLAGS = (
     ("--cfg", "cfg", float, "X", "classifier-free guidance (1: none)"),
     ("--gs", "gs", float, "X", "distilled guidance (10)"),
     ("--resolution", "resolution", int, "N", "side of the square whose area the frame has (640)"),
+    ("--width", "width", int, "N", "of the frame in pixels, a multiple of 16, with --height"),
+    ("--height", "height", int, "N", "likewise"),
+    ("--aspect-ratio", "aspect_ratio", str, "W:H", "of the frame, at --resolution; auto is the image's"),
+    ("--window", "latent_window_size", int, "N", "latent frames sampled at once (9)"),
+    ("--sampler", "sampler", str, "NAME", "unipc_bh1, unipc_bh2 or euler (unipc_bh1)"),
+    ("--shift", "shift", float, "X", "of the noise schedule (0: by the frame's size)"),
+    ("--cache", "cache", str, "NAME", "none, teacache, magcache or firstblock (teacache)"),
+    ("--cache-threshold", "cache_threshold", float, "X", "higher skips more steps (the cache's own)"),
+    ("--end-strength", "end_image_strength", float, "X", "of --end-image, 0 to 1 (1)"),
     ("--negative-prompt", "n_prompt", str, "TEXT", "what to avoid, where --cfg is above 1"),
     ("--crf", "mp4_crf", int, "N", "quality, 0 to 51; lower is better and larger (16)"),
     ("--format", "format", str, "NAME", "mp4, webm, gif or png_sequence (mp4)"),
@@ -48,7 +57,7 @@ FIELD_FLAGS = (
     ("--outputs", "num_outputs", int, "N", "videos with consecutive seeds, 1 to 4 (1)"),
     ("--timeout", "timeout_s", float, "S", "the worker's own limit for the job"),
 )
-FIELDS = (*(field for _, field, *_ in FIELD_FLAGS), "partial", "preview")
+FIELDS = (*(field for _, field, *_ in FIELD_FLAGS), "loras", "partial", "preview")
 
 EXECUTION_TIMEOUT_S = (5, 7 * 24 * 3600)  # RunPod's bounds
 ENDPOINT_ID = re.compile(r"[\w-]{1,100}", re.ASCII)
@@ -105,6 +114,7 @@ def _check_resume(options: argparse.Namespace) -> None:
     fields = any(getattr(options, field) is not None for field in FIELDS)
     if (
         options.image
+        or options.end_image
         or options.input_json
         or options.set
         or fields
@@ -160,6 +170,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--input-json", type=Path, metavar="FILE", help="start from a file such as test_input.json")
     for flag, field, kind, metavar, text in FIELD_FLAGS:
         add(flag, dest=field, type=kind, metavar=metavar, help=text)
+    add("--end-image", metavar="FILE", help="what the video ends with: a file or an https URL, as IMAGE")
+    add(
+        "--lora",
+        dest="loras",
+        action="append",
+        type=_lora,
+        metavar="NAME[=WEIGHT]",
+        help="a file of the worker's, or an https URL; may be repeated (weight 1)",
+    )
     add("--partial", action="store_true", default=None, help="at the limit, take what there is of the video")
     add("--set", action="append", default=[], metavar="NAME=JSON", help="any other field; may be repeated")
 
@@ -168,6 +187,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print one JSON document on stdout: the reply without the video")
     add("--quiet", action="store_true", help="say nothing but errors")
     return parser
+
+
+def _lora(text: str) -> dict[str, str | float]:
+    where, sign, weight = text.rpartition("=")
+    if not sign or weight.endswith(".safetensors"):  # its URL or name has the sign
+        where, weight = text, "1"
+    try:
+        return {"url" if "://" in where else "name": where, "weight": float(weight)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"the weight must be a number (got {weight})") from None
 
 
 def _positive(text: str) -> float:

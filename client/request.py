@@ -19,7 +19,9 @@ def build_request(options: argparse.Namespace) -> bytes:
     request = _from_file(options.input_json) if options.input_json else {"input": {}}
     fields = request["input"]
     if options.image is not None:
-        fields["input_image"] = _image(options.image)
+        fields["input_image"] = _image(options.image, "IMAGE")
+    if options.end_image is not None:
+        fields["end_image"] = _image(options.end_image, "--end-image")
     flags = {name: getattr(options, name) for name in ("prompt", *FIELDS)}
     fields |= {name: value for name, value in flags.items() if value is not None}
     fields |= dict(_assignment(text) for text in options.set)
@@ -33,17 +35,17 @@ def build_request(options: argparse.Namespace) -> bytes:
     if len(body) > MAX_REQUEST_BYTES and options.local is None:
         raise UsageError(
             f"The request has {len(body) / 1e6:.1f} MB and RunPod takes {MAX_REQUEST_BYTES / 1e6:g} MB, "
-            "which an image of about 7 MB fills; give a smaller one, or an https URL as IMAGE."
+            "which images of about 7 MB fill; give smaller ones, or https URLs in their place."
         )
     return body
 
 
-def _image(source: str) -> str:
+def _image(source: str, what: str) -> str:
     """base64 of a file; an https URL as it is, for the worker to fetch."""
     if source.lower().startswith("https://"):
         return source
     if "://" in source:
-        raise UsageError("IMAGE must be a file or an https URL.")
+        raise UsageError(f"{what} must be a file or an https URL.")
     try:
         with Path(source).open("rb") as file:
             data = file.read(MAX_IMAGE_BYTES + 1)

@@ -17,7 +17,7 @@ import pytest
 
 from client.__main__ import main
 from client.errors import ClientError
-from client.options import FIELDS
+from client.options import FIELDS, parse_options
 from core.request import VideoRequest
 from tests.fake_endpoint import ENDPOINT_ID, JOB_ID, KEY, FakeEndpoint, WorkingEndpoint, mp4, state
 from tests.fake_runpod import ROOT, TIMEOUT_S, FakeRunPod, environment, is_mp4, job_input, running_handler
@@ -183,22 +183,32 @@ def test_every_field_can_be_set(folder):
         "--seconds": "2.4", "--seed": "-1", "--steps": "12", "--model": "f1", "--cfg": "3", "--gs": "8",
         "--resolution": "512", "--negative-prompt": "blur", "--crf": "20", "--input-json": "job.json",
         "--set": "use_teacache=false", "--execution-timeout": "1800", "--preview": "now.jpg",
-        "--timeout": "90",
+        "--timeout": "90", "--width": "640", "--height": "480", "--aspect-ratio": "4:3", "--window": "7",
+        "--sampler": "euler", "--shift": "3", "--cache": "magcache", "--cache-threshold": "0.05",
+        "--end-image": "end.png", "--end-strength": "0.7", "--lora": "slow motion.safetensors=0.8",
     }  # fmt: skip
+    (folder / "end.png").write_bytes(PNG + b"end")
+    lora_url = "https://example.com/a.safetensors?token=b"
     with FakeEndpoint(DONE) as endpoint:
         arguments = [text for flag in flags.items() for text in flag]
-        done = run(
-            folder, "dancer.png", "Yes.", "--partial", "--set", 'output="url"', *arguments, endpoint=endpoint
-        )
+        arguments += ["--partial", "--set", 'output="url"', "--lora", f"{lora_url}=-1"]
+        done = run(folder, "dancer.png", "Yes.", *arguments, endpoint=endpoint)
     assert done.returncode == 0
     body = endpoint.asked("run")[0].json
     fields = body.pop("input")
     assert body == {"webhook": "x", "policy": {"executionTimeout": 1_800_000}}
     assert fields.pop("input_image") == base64.b64encode(PNG).decode()
+    assert fields.pop("end_image") == base64.b64encode(PNG + b"end").decode()
+    assert fields.pop("loras") == [
+        {"name": "slow motion.safetensors", "weight": 0.8},
+        {"url": lora_url, "weight": -1.0},
+    ]
     assert fields == {
         "prompt": "Yes.", "rs": 0.5, "total_second_length": 2.4, "seed": -1, "steps": 12, "model": "f1",
         "cfg": 3.0, "gs": 8.0, "resolution": 512, "n_prompt": "blur", "mp4_crf": 20, "use_teacache": False,
-        "output": "url", "preview": True, "timeout_s": 90.0, "partial": True,
+        "output": "url", "preview": True, "timeout_s": 90.0, "partial": True, "width": 640, "height": 480,
+        "aspect_ratio": "4:3", "latent_window_size": 7, "sampler": "euler", "shift": 3.0,
+        "cache": "magcache", "cache_threshold": 0.05, "end_image_strength": 0.7,
     }  # fmt: skip
 
 
@@ -641,9 +651,12 @@ def test_ctrl_c_in_a_download_leaves_the_finished_job_alone(folder):
         (["dancer.png", "x", "--set", "output=url"], "a text needs quotes"),
         (["dancer.png", "x", "--set", "cfg=1e999"], "a number that JSON does not know"),
         (["dancer.png", "x", "--cfg", "nan"], "a number that JSON does not know"),
+        (["dancer.png", "x", "--end-image", "notes.txt"], "is not a PNG, JPEG or WebP"),
+        (["dancer.png", "x", "--lora", "a.safetensors=strong"], "the weight must be a number (got strong)"),
         (["--input-json", "notes.txt"], "not valid JSON"),
         (["--input-json", "list.json"], "must be a JSON object"),
         (["--input-json", "policy.json", "--execution-timeout", "60"], "`policy` must be a JSON object"),
+        (["--resume", JOB_ID, "--end-image", "dancer.png"], "--resume takes a job as it was submitted"),
         (["--resume", JOB_ID, "--steps", "3"], "--resume takes a job as it was submitted"),
         (["--resume", "../run"], "--resume takes a job's id"),
         (["dancer.png", "x", "--local", "localhost:8000"], "--local must be an http or https URL"),
@@ -893,3 +906,16 @@ def test_a_local_server_that_is_not_there_is_told(folder):
     done = run(folder, "dancer.png", "She spins.", "--local", f"http://localhost:{free_port()}")
     assert done.returncode == 4
     assert "`python handler.py --rp_serve_api` should be running" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.safetensors", {"name": "a.safetensors", "weight": 1.0}),
+        ("a=b.safetensors", {"name": "a=b.safetensors", "weight": 1.0}),
+        ("a=b.safetensors=-0.5", {"name": "a=b.safetensors", "weight": -0.5}),
+        ("https://x/a.safetensors=2", {"url": "https://x/a.safetensors", "weight": 2.0}),
+    ],
+)
+def test_a_lora_is_a_name_or_a_url_and_a_weight(text, expected):
+    assert parse_options(["x.png", "x", "--lora", text], {}).loras == [expected]
