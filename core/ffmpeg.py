@@ -53,9 +53,11 @@ def check_encoder(codec: str | None, format: str) -> None:
     if encoder == CHECKED_AT_START:
         return
     try:
-        found = _encoders(_executable())
+        found = encoders(executable())
     except OSError as error:
         raise VideoEncodingError(f"The video could not be encoded: {error.strerror or error}.") from error
+    except subprocess.SubprocessError as error:
+        raise VideoEncodingError("The video could not be encoded: ffmpeg does not run.") from error
     if encoder not in found:
         field = "`format`" if format == "gif" else "`codec`"
         raise RequestError(f"{field} {codec} cannot be had: this worker's ffmpeg has no {encoder}.")
@@ -68,7 +70,7 @@ class _Ffmpeg:
         """`arguments` say what becomes of the frames, `process` is for Popen. Raises OSError."""
         frames = (*_raw_input("rgb24", width, height), "-r", str(fps), "-i", "-")
         self._process = subprocess.Popen(
-            [_executable(), "-y", *frames, *arguments],
+            [executable(), "-y", *frames, *arguments],
             stdin=subprocess.PIPE,
             env=os.environ | {"SVT_LOG": "1"},  # errors only, as -v error does not tell SVT-AV1
             process_group=0,  # a Ctrl-C at a terminal is the worker's to handle
@@ -168,7 +170,8 @@ def _readable(data: bytes) -> Iterator[int]:
         os.close(reader)
 
 
-def _executable() -> str:
+def executable() -> str:
+    """Raises FileNotFoundError where there is none."""
     try:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError:
@@ -176,17 +179,14 @@ def _executable() -> str:
 
 
 @functools.cache
-def _encoders(executable: str) -> frozenset[str]:
-    """The names it lists. Asked once; raises OSError, which is not remembered."""
-    try:
-        listing = subprocess.run(
-            [executable, "-hide_banner", "-encoders"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=True,
-            timeout=PROBE_TIMEOUT_S,
-        )
-    except subprocess.SubprocessError as error:
-        raise OSError("ffmpeg does not run") from error
+def encoders(executable: str) -> frozenset[str]:
+    """The names it lists. Asked once; raises OSError and SubprocessError, which are not remembered."""
+    listing = subprocess.run(
+        [executable, "-hide_banner", "-encoders"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+        timeout=PROBE_TIMEOUT_S,
+    )
     lines = listing.stdout.decode("utf-8", "replace").splitlines()
     return frozenset(words[1] for line in lines if len(words := line.split()) > 1)

@@ -10,13 +10,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import imageio_ffmpeg
-
+from core import ffmpeg
 from core.errors import FitnessError, VideoEncodingError
 from core.settings import Settings
 
 GB = 1_000_000_000
-FFMPEG_TIMEOUT_S = 60
 MIN_COMPUTE_CAPABILITY = (8, 0)  # Ampere, the first with bfloat16
 MIN_GPU_GIB = 11.0  # in swap mode a job of 640×608 peaks at 10.9 (docs/benchmarks.md)
 
@@ -51,23 +49,17 @@ def check_ffmpeg() -> None:
     from core.video import save_bcthw_as_mp4
 
     try:
-        ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError:
+        executable = ffmpeg.executable()
+    except FileNotFoundError:
         raise FitnessError(
             "There is no ffmpeg: imageio-ffmpeg's is missing and IMAGEIO_FFMPEG_EXE is not set."
         ) from None
     try:
-        listing = subprocess.run(
-            [ffmpeg, "-hide_banner", "-encoders"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=True,
-            timeout=FFMPEG_TIMEOUT_S,
-        )
+        encoders = ffmpeg.encoders(executable)
     except (OSError, subprocess.SubprocessError) as error:
         raise FitnessError(f"ffmpeg does not run: {_first_line(error)}.") from error
-    if b"libx264" not in listing.stdout:
-        raise FitnessError(f"The ffmpeg at {ffmpeg} has no libx264.")
+    if ffmpeg.CHECKED_AT_START not in encoders:
+        raise FitnessError(f"The ffmpeg at {executable} has no {ffmpeg.CHECKED_AT_START}.")
     try:
         with tempfile.TemporaryDirectory(prefix="framepack-") as folder:
             grey = torch.full((1, 3, 3, 64, 64), 128, dtype=torch.uint8)

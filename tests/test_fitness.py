@@ -72,7 +72,7 @@ class TestFfmpeg:
         def none():
             raise RuntimeError("No ffmpeg exe could be found.")
 
-        monkeypatch.setattr(fitness.imageio_ffmpeg, "get_ffmpeg_exe", none)
+        monkeypatch.setattr(fitness.ffmpeg.imageio_ffmpeg, "get_ffmpeg_exe", none)
         with pytest.raises(FitnessError, match=r"^There is no ffmpeg"):
             fitness.check_ffmpeg()
 
@@ -87,7 +87,7 @@ class TestFfmpeg:
             fitness.check_ffmpeg()
 
     def test_one_that_hangs_is_refused(self, ffmpeg, monkeypatch):
-        monkeypatch.setattr(fitness, "FFMPEG_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(fitness.ffmpeg, "PROBE_TIMEOUT_S", 0.2)
         ffmpeg("exec sleep 60")
         with pytest.raises(FitnessError, match=r"^ffmpeg does not run: .* timed out"):
             fitness.check_ffmpeg()
