@@ -83,7 +83,9 @@ def train_transformer(
     optimizers = Optimizers(model, is_inside, MATRIX_RATE, RATE, WEIGHT_DECAY)
     averages = AveragedWeights(model)
     if device.type == "cuda":
-        inductor.triton.coalesce_tiling_analysis = False  # fails on some of these shapes in torch 2.11
+        # both fail on some of these shapes in torch 2.11
+        inductor.triton.coalesce_tiling_analysis = False
+        inductor.triton.mix_order_reduction = False
         for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
             block.compile(dynamic=True)
     total = torch.zeros((), device=device)
