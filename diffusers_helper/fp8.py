@@ -29,9 +29,9 @@ CAPABILITY = 8, 9  # Ada, the first with float8 products
 class Fp8Linear(nn.Linear):
     """`nn.Linear` with `weight` (outputs, inputs) in float8 and its `scale` (outputs, 1) in float32.
 
-    Where `multiplies` is set the input is quantised too and the product is `torch._scaled_mm`'s; otherwise
-    the weight is taken to the input's dtype for each product. A low-rank term beside it, up · down · x with
-    up (outputs, r) and down (r, inputs), is in the input's dtype.
+    Where `multiplies` is set the input, of more than one row, is quantised too and the product is
+    `torch._scaled_mm`'s; otherwise the weight is taken to the input's dtype for each product. A low-rank
+    term beside it, up · down · x with up (outputs, r) and down (r, inputs), is in the input's dtype.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -48,7 +48,11 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, inputs) → (…, outputs), in x's dtype."""
-        y = self._product(x) if self.multiplies else F.linear(x, self.dequantised(x.dtype), self.bias)
+        rows = x.numel() // self.in_features
+        if self.multiplies and rows > 1:  # cuBLAS has no product for one row and some sizes
+            y = self._product(x)
+        else:
+            y = F.linear(x, self.dequantised(x.dtype), self.bias)
         return y if self.up is None else y + F.linear(F.linear(x, self.down), self.up)
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:

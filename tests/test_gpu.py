@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from core.pipeline import Models, generate_video_sync
 from core.pipeline.compiling import warm_up
@@ -158,7 +159,9 @@ def test_fp8_products(inputs, outputs):
     if not fp8.can_multiply(device):
         pytest.skip("no fp8 products")
     layer = made_layer(inputs, outputs).to(device)
-    for tokens in (1, 77, 2048):
+    one = torch.randn(1, 1, inputs, device=device).bfloat16()
+    assert torch.equal(layer(one), F.linear(one, layer.dequantised(one.dtype), layer.bias))
+    for tokens in (2, 77, 2048):
         x = torch.randn(1, tokens, inputs, device=device).bfloat16()
         rows, scale = fp8.quantise(x[0])
         weight = layer.weight.double() * layer.scale.double()
