@@ -17,6 +17,8 @@ STATUS_OF_CODE = {
     "invalid_request": 400,
     "invalid_image": 400,
     "image_too_large": 413,
+    "invalid_video": 400,
+    "video_too_large": 413,
     "invalid_latents": 400,
     "latents_mismatch": 409,
     "latents_not_found": 404,

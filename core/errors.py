@@ -4,6 +4,8 @@ WorkerError                        internal_error
 ├── RequestError                   invalid_request
 │   ├── ImageError                 invalid_image
 │   │   └── ImageTooLargeError     image_too_large
+│   ├── VideoError                 invalid_video
+│   │   └── VideoTooLargeError     video_too_large
 │   ├── LatentsError               invalid_latents
 │   │   ├── LatentsMismatchError   latents_mismatch
 │   │   └── LatentsNotFoundError   latents_not_found
@@ -56,6 +58,18 @@ class ImageError(RequestError):
 
 class ImageTooLargeError(ImageError):
     code = "image_too_large"
+
+
+class VideoError(RequestError):
+    """`input_video` is not a video that can be decoded, or too short to go on from."""
+
+    code = "invalid_video"
+
+
+class VideoTooLargeError(VideoError):
+    """Too many bytes, pixels or seconds, or too slow to decode."""
+
+    code = "video_too_large"
 
 
 class LatentsError(RequestError):

@@ -14,7 +14,7 @@ from diffusers_helper.buckets import nearest_bucket, resize_and_center_crop, sid
 if TYPE_CHECKING:
     from core.request import VideoRequest
 
-NOTHING_TO_START_WITH = "`input_image` or `start` is required"
+NOTHING_TO_START_WITH = "`input_image`, `start` or `input_video` is required"
 MAX_RATIO = 4  # of the longer side to the shorter
 COLOURS = {"black": (0, 0, 0), "white": (255, 255, 255)}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
-from core.errors import ImageError, ImageTooLargeError
+from core.errors import ImageError, ImageTooLargeError, RequestError
 
 MAX_BYTES = 20 * 1000 * 1000
 MAX_PIXELS = 50_000_000
@@ -18,8 +18,6 @@ MAX_ASPECT = 10  # longer strips would be enlarged to gigapixels before the crop
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 _DATA_URI = re.compile(r"data:[\w.+/-]*(;[\w=.-]+)*,", re.IGNORECASE)
-
-
 _URL = re.compile(r"\s*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 Fetch = Callable[[str, int], bytes]  # URL and the most bytes to accept → content
@@ -40,25 +38,43 @@ def decode_image(
     `on_file` is shown the image's file. Raises ImageError or ImageTooLargeError with the sentence for the
     caller, which speaks of `what`, or what `fetch` raises.
     """
-    is_url = _URL.match(text[:64])
-    data = fetch(text.strip(), MAX_BYTES) if is_url else _decode_base64(text, what)
+    data = read_input(text, fetch, what, MAX_BYTES, ImageError, ImageTooLargeError)
     on_file(data)
     return _to_rgb(data, what)
 
 
-def _decode_base64(text: str, what: str) -> bytes:
+def read_input(
+    text: str,
+    fetch: Fetch,
+    what: str,
+    max_bytes: int,
+    wrong: type[RequestError],
+    too_large: type[RequestError],
+) -> bytes:
+    """The file that a URL, a data URI or plain base64 stands for, of at most `max_bytes`.
+
+    Raises `wrong` or `too_large` with a sentence that speaks of `what`, or what `fetch` raises.
+    """
+    if _URL.match(text[:64]):
+        return fetch(text.strip(), max_bytes)
     text = text.lstrip()
     if match := _DATA_URI.match(text[:256]):
         if ";base64" not in match[0].lower():
-            raise ImageError(f"The {what}'s data URI must be base64.")
+            raise wrong(f"The {what}'s data URI must be base64.")
         text = text[match.end() :]
     text = "".join(text.split()).rstrip("=")
-    if len(text) * 3 // 4 > MAX_BYTES:  # just what it decodes to
-        raise ImageTooLargeError(f"The {what} has over {MAX_BYTES // 1_000_000} MB.")
+    if len(text) * 3 // 4 > max_bytes:  # just what it decodes to
+        raise too_large(f"The {what} has over {max_bytes // 1_000_000} MB.")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError):
-        raise ImageError(f"The {what} is not valid base64.") from None
+        raise wrong(f"The {what} is not valid base64.") from None
+
+
+def check_shape(height: int, width: int, what: str, wrong: type[RequestError]) -> None:
+    """Raises `wrong` for what is too long a strip."""
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise wrong(f"The {what} is too elongated ({width}×{height}): at most {MAX_ASPECT}:1.")
 
 
 def _to_rgb(data: bytes, what: str) -> np.ndarray:
@@ -81,8 +97,7 @@ def _checked(data: bytes, what: str) -> np.ndarray:
         raise ImageError(f"The {what} is empty ({width}×{height} pixels).")
     if width * height > MAX_PIXELS:
         raise ImageTooLargeError(_too_many_pixels(what, width, height))
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"The {what} is too elongated ({width}×{height}): at most {MAX_ASPECT}:1.")
+    check_shape(height, width, what, ImageError)
     try:
         image.load()
         return np.asarray(_flatten(_upright(image)))

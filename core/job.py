@@ -20,11 +20,13 @@ from core.deadline import Deadline
 from core.delivery import Deliver, inlined, inlined_bytes
 from core.embedding import embedded
 from core.errors import OutOfMemoryError, RequestError
+from core.extension import inert_extension_fields
 from core.fetch import fetch_url
 from core.ffmpeg import check_encoder
 from core.file_format import FORMATS, codec_of, inert_fields
 from core.frame import check_direction, frame_size, inert_frame_fields
 from core.images import Fetch, decode_image
+from core.input_video import SourceVideo, fit_video, open_video
 from core.keyframes import Keyframe, decode_keyframes
 from core.latents import check_transformer
 from core.lora_files import shown_name
@@ -39,6 +41,7 @@ from core.request import MAX_SEED, VideoRequest, echo_of, parse_request
 from core.resume import Handover, open_saved
 from core.settings import Settings
 from core.timing import JobTimer
+from core.weights.profiles import Direction
 from diffusers_helper import memory
 
 log = logging.getLogger(__name__)
@@ -71,19 +74,23 @@ def run_job(
     deadline = Deadline(min(request.timeout_s or math.inf, settings.job_timeout_s))
     report(Progress())
     fetch = _fetcher(settings, deadline, check_cancelled)
-    saved = None
-    with timer.span("input"):
-        images, sums = _images(request, fetch)
-        if request.resume_latents:
-            saved = open_saved(request, images.get("input_image"), models, settings, fetch)
-            images["input_image"] = saved.checkpoint.image
-        resolution = request.resolution or models.profile.resolution
-        size = frame_size(request, images.get("input_image"), resolution)
-        keyframes = decode_keyframes(request.sections, fetch, size, check_cancelled)
 
     def check() -> None:
         check_cancelled()
         deadline.check()
+
+    resolution = request.resolution or models.profile.resolution
+    saved = source = None
+    with timer.span("input"):
+        images, sums = _images(request, fetch)
+        if request.input_video:
+            source, sums["input_video"] = _source(request, direction, resolution, fetch, check)
+        begins_with = source.at_the_join if source else images.get("input_image")
+        if request.resume_latents:
+            saved = open_saved(request, begins_with, models, settings, fetch)
+            images["input_image"] = begins_with = saved.checkpoint.image
+        size = (source.height, source.width) if source else frame_size(request, begins_with, resolution)
+        keyframes = decode_keyframes(request.sections, fetch, size, check_cancelled)
 
     with timer.span("loras"):
         loras = load_loras(request.loras, settings, models.lora_cache, deadline, check)
@@ -104,6 +111,7 @@ def run_job(
         settings,
         request,
         images,
+        source,
         sums,
         keyframes,
         saved.checkpoint if saved else None,
@@ -126,6 +134,7 @@ class _Job:
     settings: Settings
     request: VideoRequest
     images: dict[str, np.ndarray]  # by field
+    source: SourceVideo | None
     sums: dict[str, str]  # SHA-256 of their files, as far as there are any
     keyframes: dict[int, Keyframe]  # by their places in the request's `sections`
     resumed: Checkpoint | None
@@ -143,8 +152,8 @@ class _Job:
     @property
     def reproducible(self) -> bool:
         """Whether the parameters and the images' files make the video again."""
-        begins = self.request.start is not None or "input_image" in self.sums
-        return begins and all(lora.url is None for lora in self.request.loras)
+        begins = self.request.start is not None or self.sums.keys() & {"input_image", "input_video"}
+        return bool(begins) and all(lora.url is None for lora in self.request.loras)
 
     def make(self, turn: Turn) -> Made:
         """One video, generated and delivered; its file is gone when this returns."""
@@ -186,6 +195,7 @@ class _Job:
                     embed=embed if self.request.embed_parameters and self.reproducible else None,
                     recorder=handover.recorder if self.request.return_latents else None,
                     resumed=self.resumed,
+                    source=self.source,
                 )
 
             try:
@@ -240,6 +250,7 @@ def _reply(
         "height": first.video.height,
         "fps": request.fps,
         "requested_s": None if request.one_frame else request.total_second_length,
+        **({"source": first.video.source.told()} if first.video.source else {}),
         "parameters": parameters | {"shift": first.video.shift},
         "loras": loras,
         "warnings": all_warnings(outputs) + lora_warnings(loras) + ([failure.sentence] if failure else []),
@@ -307,15 +318,16 @@ def _warnings(
     planned = len(video.plan.sections)
     if video.sections < planned:
         which = "end" if video.plan.direction == "i2v" else "start"
+        whose = "new part" if video.source else "video"
         warnings.append(
-            f"The time was up after {video.sections} of {planned} sections; they are the video's {which}."
+            f"The time was up after {video.sections} of {planned} sections; they are the {whose}'s {which}."
         )
     limited = request.timeout_s is not None or settings.job_timeout_s < math.inf
     if request.partial and not limited and not request.one_frame:
         warnings.append("`partial` had no effect: the job has no time limit (`timeout_s`).")
     given = request.model_fields_set
     warnings += inert_frame_fields(request) + inert_fields(request.format, given)
-    warnings += inert_one_frame_fields(request)
+    warnings += inert_one_frame_fields(request) + inert_extension_fields(request)
     if request.exact_length and video.sections < planned:
         warnings.append("`exact_length` had no effect: the video is partial, and not as long as asked.")
     if request.cfg == 1:
@@ -352,6 +364,17 @@ def _images(request: VideoRequest, fetch: Fetch) -> tuple[dict[str, np.ndarray],
             images[name] = decode_image(text, get, file.update, name.replace("_", " "))
             sums[name] = file.hexdigest()
     return images, sums
+
+
+def _source(
+    request: VideoRequest, direction: Direction, resolution: int, fetch: Fetch, check: Callable[[], None]
+) -> tuple[SourceVideo, str]:
+    """The request's video at the job's size, and the SHA-256 of its file."""
+    file = hashlib.sha256()
+    video = open_video(request.input_video, fetch, file.update, check)
+    height, width = frame_size(request, video.first_frame, resolution)
+    source = fit_video(video, height, width, request.latent_window_size, direction == "f1", check)
+    return source, file.hexdigest()
 
 
 def _inert_choices(request: VideoRequest, timer: JobTimer) -> list[str]:

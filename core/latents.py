@@ -24,7 +24,7 @@ from core.lora_files import shown_name
 from core.pipeline.caching import cache_threshold
 from core.pipeline.checkpoint import Checkpoint
 from core.pipeline.models import Models
-from core.pipeline.sections import plan_sections
+from core.pipeline.sections import plan_video
 from core.request import MAX_SEED, SECRETS, VideoRequest
 from diffusers_helper.buckets import resize_and_center_crop
 
@@ -54,6 +54,7 @@ FREE = {
     "poster",
     "embed_parameters",
     "exact_length",
+    "include_source",
     "num_outputs",
 }
 
@@ -114,7 +115,7 @@ def write_latents(path: Path, checkpoint: Checkpoint, job: dict, digest: str) ->
 def most_bytes(request: VideoRequest, models: Models) -> int:
     """What the largest file may have that this request can go on from."""
     resolution = request.resolution or models.profile.resolution
-    plan = plan_sections(request.total_second_length, request.latent_window_size, "f1", request.exact_length)
+    plan = plan_video(request, request.model or models.profile.direction)
     height, width = frame_size(request, None, resolution)
     pixels = height * width
     latent_frames = len(plan.sections) * plan.window + 1
@@ -153,10 +154,11 @@ def check_latents(saved: SavedLatents, request: VideoRequest, job: dict, image: 
         raise LatentsMismatchError(f"The latents are of {width}×{height} pixels, not of the size asked for.")
     if image is None:
         return
+    field = "input_image" if request.input_video is None else "input_video"
     if frame_size(request, image, job["resolution"]) != (height, width):
-        raise LatentsMismatchError("The latents were made from an `input_image` of another shape.")
+        raise LatentsMismatchError(f"The latents were made from an `{field}` of another shape.")
     if not np.array_equal(resize_and_center_crop(image, height, width), began):
-        raise LatentsMismatchError("The latents were made from another `input_image`.")
+        raise LatentsMismatchError(f"The latents were made from another `{field}`.")
 
 
 def check_transformer(saved: SavedLatents, models: Models) -> None:

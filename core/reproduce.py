@@ -1,7 +1,7 @@
 """`python -m core.reproduce FILE`: the request that a video was made from, as JSON, out of the video itself.
 
-Images are not in the file. `input_image` and `end_image` name them by their SHA-256; `--image PATH` puts that
-file in the place of the same one. Anything wrong is one line, and exit status 1.
+Images are not in the file. `input_image`, `end_image` and `input_video` name them by their SHA-256; `--image
+PATH` puts that file in the place of the same one. Anything wrong is one line, and exit status 1.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.embedding import NoParametersError, read_embedded
-from core.images import MAX_BYTES
+from core.extension import MAX_BYTES  # of a request's files the video's is the largest
 
 
 def request_of(path: Path, images: Sequence[Path] = ()) -> dict:

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from core.errors import RequestError
+from core.extension import check_extension
 from core.file_format import check_file
 from core.frame import NOTHING_TO_START_WITH, check_frame
 from core.one_frame import with_its_format
@@ -149,7 +150,7 @@ class VideoRequest(BaseModel):
     input_image: str | None = _field(
         None,
         "The first frame: base64, a data URI or an https URL of a PNG, JPEG or WebP of at most 20 MB and 50 "
-        "megapixels. Required unless there is `start` or `resume_latents`.",
+        "megapixels. Required unless there is `start`, `input_video` or `resume_latents`.",
         aliases=("image", "image_b64", "image_base64", "input_image_b64", "image_url"),
         min_length=1,
         repr=False,
@@ -309,6 +310,18 @@ class VideoRequest(BaseModel):
         pattern=r"^(auto|[1-9][0-9]{0,3}:[1-9][0-9]{0,3})$",
     )
 
+    input_video: str | None = _field(
+        None,
+        "A video to go on from, in place of `input_image`: base64, a data URI or an https URL of an MP4, "
+        "MOV, WebM, MKV or GIF of at most 100 MB, 60 seconds and 9.4 megapixels a frame. f1 makes what "
+        "follows it, i2v what comes before it.",
+        min_length=1,
+        repr=False,
+    )
+    include_source: bool = _field(
+        True, "Return the given video and the new part as one; false returns the new part alone."
+    )
+
     loras: list[LoraChoice] = _field(
         [], "LoRAs added to the transformer's weights for this job, all at once.", max_length=8, repr=False
     )
@@ -323,7 +336,8 @@ class VideoRequest(BaseModel):
         return self.cache or ("teacache" if self.use_teacache else "none")
 
 
-SECRETS = ("input_image", "end_image", "s3_config", "resume_latents")  # never shown or echoed
+SECRETS = ("input_image", "input_video", "end_image", "s3_config", "resume_latents")  # never shown or echoed
+BEGINNINGS = ("input_image", "start", "input_video", "resume_latents")
 NESTED: dict[str, type[BaseModel]] = {
     "s3_config": S3Config,
     "loras": LoraChoice,
@@ -376,6 +390,7 @@ def parse_request(data: Any) -> VideoRequest:
         faults += error.errors(include_url=False)
     if faults:
         raise RequestError(_sentence(faults))
+    check_extension(request)
     check_frame(request)
     check_loras(request)
     _check_shift(request)
@@ -421,7 +436,7 @@ def _with_one_cache(request: VideoRequest) -> VideoRequest:
 
 def _absent(values: dict[str, Any]) -> list[dict]:
     """The fault of having nothing to begin with, in pydantic's form."""
-    if any(values.get(name) is not None for name in ("input_image", "start", "resume_latents")):
+    if any(values.get(name) is not None for name in BEGINNINGS):
         return []
     return [{"type": NOTHING_TO_START_WITH, "loc": ("input_image",), "input": None}]
 

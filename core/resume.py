@@ -24,7 +24,7 @@ from core.latents import (
 )
 from core.pipeline import Models
 from core.pipeline.checkpoint import Recorder
-from core.pipeline.sections import plan_sections
+from core.pipeline.sections import plan_video
 from core.request import VideoRequest
 from core.settings import Settings
 
@@ -36,6 +36,7 @@ def open_saved(
 ) -> SavedLatents:
     """The latents of `resume_latents`, which this request can go on from.
 
+    `image` is what the request begins with, if it says: its image, or its video's frame at the join.
     A seed that is to be drawn is the latents' own. Raises LatentsError, or what `fetch` raises.
     """
     saved = parse_latents(open_latents(request.resume_latents, settings, fetch, most_bytes(request, models)))
@@ -93,7 +94,4 @@ class Handover:
 
 def _job(request: VideoRequest, seed: int, models: Models) -> dict:
     direction = request.model or models.profile.direction
-    plan = plan_sections(
-        request.total_second_length, request.latent_window_size, direction, request.exact_length
-    )
-    return job_of(request, seed, models, direction, len(plan.sections))
+    return job_of(request, seed, models, direction, len(plan_video(request, direction).sections))

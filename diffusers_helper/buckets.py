@@ -41,13 +41,17 @@ def sides_of_ratio(down: int, across: int, resolution: int) -> tuple[int, int]:
     return STEP * round(height / STEP), STEP * round(width / STEP)
 
 
+def covering_size(original_height: int, original_width: int, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of a picture that is enlarged or reduced until it just covers height × width."""
+    scale = max(width / original_width, height / original_height)
+    return round(original_height * scale), round(original_width * scale)
+
+
 def resize_and_center_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W, 3) uint8 → (height, width, 3) uint8: Lanczos to the size that covers, then the centre."""
     if image.shape[:2] == (height, width):
         return image
-    original_height, original_width = image.shape[:2]
-    scale = max(width / original_width, height / original_height)
-    resized_width, resized_height = round(original_width * scale), round(original_height * scale)
+    resized_height, resized_width = covering_size(*image.shape[:2], height, width)
     resized = Image.fromarray(image).resize((resized_width, resized_height), Image.Resampling.LANCZOS)
     # PIL rounds half to even here, which the official crop relies on
     left, top = (resized_width - width) / 2, (resized_height - height) / 2

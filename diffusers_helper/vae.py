@@ -16,9 +16,9 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ImagePosterior:
-    """What the VAE makes of an image: latents are drawn from it."""
+    """What the VAE makes of an image, or of a clip of T latent frames: latents are drawn from it."""
 
-    parameters: torch.Tensor  # mean and log-variance, (1, 32, 1, H/8, W/8), in the VAE's dtype
+    parameters: torch.Tensor  # mean and log-variance, (1, 32, T, H/8, W/8), in the VAE's dtype
     scaling_factor: float
 
     @property
@@ -28,8 +28,12 @@ class ImagePosterior:
     def to(self, device: torch.device) -> "ImagePosterior":
         return replace(self, parameters=self.parameters.to(device))
 
+    def part(self, frames: slice) -> "ImagePosterior":
+        """Of these latent frames alone."""
+        return replace(self, parameters=self.parameters[:, :, frames])
+
     def draw(self, generator: torch.Generator) -> torch.Tensor:
-        """Latent (1, 16, 1, H/8, W/8), scaled, in the VAE's dtype, on the posterior's device.
+        """Latent (1, 16, T, H/8, W/8), scaled, in the VAE's dtype, on the posterior's device.
 
         The official code draws from the global generator, so that its start latent does not follow from the
         job's seed.
@@ -41,9 +45,28 @@ class ImagePosterior:
 @torch.no_grad()
 def encode_image(image: np.ndarray, vae: AutoencoderKLHunyuanVideo, device: torch.device) -> ImagePosterior:
     """(H, W, 3) uint8 → the posterior of its latent."""
-    pixels = torch.from_numpy(image.copy()).float() / 127.5 - 1
-    pixels = pixels.permute(2, 0, 1)[None, :, None].to(device, vae.dtype)
-    return ImagePosterior(vae.encode(pixels).latent_dist.parameters, vae.config.scaling_factor)
+    return encode_clip(image[None], vae, device)
+
+
+@torch.no_grad()
+def encode_clip(
+    frames: np.ndarray,
+    vae: AutoencoderKLHunyuanVideo,
+    device: torch.device,
+    tiled: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> ImagePosterior:
+    """(T, H, W, 3) uint8 → the posterior of its latents, (T + 3) / 4 frames for T = 1, 5, 9 …
+
+    The library encodes 17 frames at a time, so length hardly matters to memory; `tiled` does so in 256-pixel
+    tiles. `check` runs before each of the encoder's calls and may raise to stop.
+    """
+    pixels = torch.empty(frames.shape, device=device, dtype=vae.dtype)
+    for place, frame in zip(pixels, frames, strict=True):  # in float32 one at a time
+        place.copy_(torch.from_numpy(frame.copy()).float() / 127.5 - 1)
+    pixels = pixels.permute(3, 0, 1, 2)[None]  # as the official code lays an image out
+    with _calls(vae.encoder, device, check), _tiling(vae, tiled):
+        return ImagePosterior(vae.encode(pixels).latent_dist.parameters, vae.config.scaling_factor)
 
 
 @torch.no_grad()
@@ -60,18 +83,32 @@ def decode_latents(
     `check` runs before each of the decoder's calls, one for every few latent frames, and may raise to stop.
     """
     latents = latents / vae.config.scaling_factor
-    vae.use_tiling = tiled
+    with _calls(vae.decoder, device, check), _tiling(vae, tiled):
+        return vae.decode(latents.to(device, vae.dtype), return_dict=False)[0].cpu()
+
+
+@contextmanager
+def _calls(coder: nn.Module, device: torch.device, check: Callable[[], None]) -> Iterator[None]:
+    """`check` runs before each call of the encoder or decoder."""
 
     def stop_or_go_on(*_: object) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # else all calls are queued before the first has run
         check()
 
-    hook = vae.decoder.register_forward_pre_hook(stop_or_go_on)
+    hook = coder.register_forward_pre_hook(stop_or_go_on)
     try:
-        return vae.decode(latents.to(device, vae.dtype), return_dict=False)[0].cpu()
+        yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _tiling(vae: AutoencoderKLHunyuanVideo, tiled: bool) -> Iterator[None]:
+    vae.use_tiling = tiled
+    try:
+        yield
+    finally:
         vae.use_tiling = False  # the next job's image is encoded whole
 
 

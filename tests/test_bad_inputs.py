@@ -36,6 +36,10 @@ def image(data: bytes) -> dict:
     return quick_input(input_image=to_base64(data))
 
 
+def video(data: bytes) -> dict:
+    return quick_input(input_image=None, input_video=to_base64(data))
+
+
 def cut(format: str) -> bytes:
     data = encoded(picture(), format)
     return data[: len(data) // 2]
@@ -73,6 +77,20 @@ REFUSED = {
         ),
         "BMP": (image(encoded(picture(), "BMP")), "invalid_image", "BMP"),
     },
+    "not a video": {
+        "a text": (video(b"Once upon a time."), "invalid_video", "not an MP4, MOV, WebM, MKV or GIF"),
+        "a truncated MP4": (video(b"\0\0\0\x18ftypmp42" + bytes(99)), "invalid_video", "cut short"),
+        "a URL of this machine": (
+            quick_input(input_image=None, input_video="https://127.0.0.1/cat.mp4"),
+            "url_refused",
+            "127.0.0.1",
+        ),
+        "video and image": (
+            quick_input(input_video="x"),
+            "invalid_request",
+            "`input_image` must not be given",
+        ),
+    },
     "times": {
         "overlapping sections": (
             quick_input(sections=[{"start_s": 0, "end_s": 2, "prompt": "a"}, {"start_s": 1, "prompt": "b"}]),
@@ -105,8 +123,16 @@ REFUSED = {
     },
     "fields": {
         "no prompt": (without("prompt"), "invalid_request", "`prompt` is required"),
-        "no image": (without("input_image"), "invalid_request", "`input_image` or `start` is required"),
-        "empty input": ({}, "invalid_request", "`input_image` or `start` is required; `prompt` is required"),
+        "no image": (
+            without("input_image"),
+            "invalid_request",
+            "`input_image`, `start` or `input_video` is required",
+        ),
+        "empty input": (
+            {},
+            "invalid_request",
+            "`input_image`, `start` or `input_video` is required; `prompt` is required",
+        ),
         "empty prompt": (quick_input(prompt=""), "invalid_request", "`prompt`"),
         "prompt of 4,001 characters": (quick_input(prompt="x" * 4001), "invalid_request", "4000"),
         "prompt a number": (quick_input(prompt=5), "invalid_request", "`prompt` must be a string"),

@@ -63,9 +63,9 @@ def refused(**fields) -> str:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({}, "`input_image` or `start` is required."),
-        ({"input_image": None, "start": None}, "`input_image` or `start` is required."),
-        ({"prompt": ""}, "`input_image` or `start` is required; `prompt` must not be empty."),
+        ({}, "`input_image`, `start` or `input_video` is required."),
+        ({"input_image": None, "start": None}, "`input_image`, `start` or `input_video` is required."),
+        ({"prompt": ""}, "`input_image`, `start` or `input_video` is required; `prompt` must not be empty."),
         (
             {"input_image": "x", "start": "black"},
             "`input_image` and `start` must not both be given: a video starts with one.",

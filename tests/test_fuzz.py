@@ -328,6 +328,7 @@ REFUSALS = {
     "invalid_request",
     "invalid_image",
     "image_too_large",
+    "invalid_video",
     "invalid_latents",
     "latents_not_found",
     "invalid_lora",
@@ -361,7 +362,7 @@ def job_inputs(draw: Any) -> Any:
     """As `inputs`, most of them with an image where it belongs."""
     data = draw(inputs() | good_objects())
     if isinstance(data, dict) and draw(st.integers(0, 3)):
-        pictures = ("input_image", "end_image", "start")
+        pictures = ("input_image", "input_video", "end_image", "start")
         data = {key: value for key, value in data.items() if ALIASES.get(key, key) not in pictures}
         data["input_image"] = draw(IMAGES)
         if draw(st.integers(0, 3)) == 0:

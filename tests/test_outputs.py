@@ -19,7 +19,7 @@ from core.pipeline.sections import plan_sections
 from core.request import parse_request
 from core.settings import Settings
 from core.worker import Worker
-from diffusers_helper.blending import first_frames
+from diffusers_helper.blending import frames_between
 from tests.test_endurance import quick_input
 
 MAX_SEED = 2**32 - 1
@@ -211,7 +211,7 @@ class TestExactLength:
     def test_clips_are_cut_where_the_count_is_reached(self):
         clips = [torch.full((1, 3, length, 2, 2), float(k)) for k, length in enumerate((4, 1, 5))]
         for count in range(1, 12):
-            cut = torch.cat([*first_frames(clips, count)], dim=2)
+            cut = torch.cat([*frames_between(clips, 0, count)], dim=2)
             assert torch.equal(cut, torch.cat(clips, dim=2)[:, :, :count])
 
     @pytest.mark.usefixtures("quick_decode")

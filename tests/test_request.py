@@ -57,6 +57,8 @@ DEFAULTS = {
     "sections": [],
     "blend_sections": 0,
     "one_frame": None,
+    "input_video": None,
+    "include_source": True,
 }
 
 BUCKET = {
@@ -109,7 +111,7 @@ REAL_BOUNDS = {
     "end_image_strength": (0, 1),
 }
 NUMBERS = [*WHOLE_BOUNDS, *REAL_BOUNDS]
-TEXTS = ["input_image", "prompt", "n_prompt", "resume_latents", "end_image"]
+TEXTS = ["input_image", "prompt", "n_prompt", "resume_latents", "end_image", "input_video"]
 
 
 def accepted(**fields) -> VideoRequest:
@@ -376,6 +378,7 @@ NULLABLE = (
     "height",
     "aspect_ratio",
     "one_frame",
+    "input_video",
 )
 
 
@@ -392,9 +395,9 @@ def test_text_must_be_a_string(name, value):
 
 def test_required_fields():
     assert refusal({"input_image": "aGVsbG8="}) == "`prompt` is required."
-    assert refusal({"prompt": "x"}) == "`input_image` or `start` is required."
+    assert refusal({"prompt": "x"}) == "`input_image`, `start` or `input_video` is required."
     assert refused(prompt=None) == "`prompt` must be a string (got null)."
-    assert refused(input_image=None) == "`input_image` or `start` is required."
+    assert refused(input_image=None) == "`input_image`, `start` or `input_video` is required."
 
 
 @pytest.mark.parametrize("name", ["input_image", "prompt", "end_image"])
@@ -403,7 +406,7 @@ def test_texts_that_must_not_be_empty(name):
 
 
 def test_both_required_fields_missing():
-    assert refusal({}) == "`input_image` or `start` is required; `prompt` is required."
+    assert refusal({}) == "`input_image`, `start` or `input_video` is required; `prompt` is required."
 
 
 @pytest.mark.parametrize(

@@ -591,7 +591,7 @@ def test_the_pace_counts_this_jobs_own_steps():
 
 def test_one_of_image_start_and_latents_is_required():
     for fields in ({}, {"input_image": None}, {"resume_latents": None}):
-        with pytest.raises(RequestError, match=r"^`input_image` or `start` is required\.$"):
+        with pytest.raises(RequestError, match=r"^`input_image`, `start` or `input_video` is required\.$"):
             parse_request({"prompt": "x"} | fields)
     assert parse_request({"prompt": "x", "resume_latents": "y"}).input_image is None
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,19 +23,23 @@ from core.pipeline.checkpoint import Checkpoint, Recorder
 from core.pipeline.conditioning import Conditioning, encode_conditioning
 from core.pipeline.decoding import VideoDecoder
 from core.pipeline.encoding import Encoder
+from core.pipeline.extension import joined
 from core.pipeline.models import Models
 from core.pipeline.one_frame import plan_one_frame, sample_one_frame
 from core.pipeline.sampling import SampledSection, sample_sections, schedule_mu
-from core.pipeline.sections import Section, SectionPlan, plan_sections
+from core.pipeline.sections import Section, SectionPlan, plan_video
 from core.pipeline.start import initialize_models
 from core.progress import Pace, Progress
 from core.request import VideoRequest
 from core.timing import JobTimer
 from core.video import VideoFile, first_frame_jpeg, save_video
 from core.weights.profiles import Direction
-from diffusers_helper.blending import first_frames
+from diffusers_helper.blending import frames_between
 from diffusers_helper.buckets import resize_and_center_crop
 from diffusers_helper.preview import LatentPreview
+
+if TYPE_CHECKING:
+    from core.input_video import SourceVideo
 
 __all__ = ["GeneratedVideo", "Models", "generate_video_sync", "initialize_models"]
 
@@ -51,6 +55,7 @@ class GeneratedVideo:
     plan: SectionPlan
     sections: int  # finished; fewer than planned only where the time ran out and `partial` was asked
     tiled_decode: bool
+    source: "SourceVideo | None"  # what it goes on from
     shift: float  # of the noise schedule
     warnings: tuple[str, ...]
     poster: bytes | None  # a JPEG of the first frame, where it was asked for
@@ -77,6 +82,7 @@ def generate_video_sync(
     embed: Callable[[dict[str, Any]], str] | None = None,
     recorder: Recorder | None = None,
     resumed: Checkpoint | None = None,
+    source: "SourceVideo | None" = None,
 ) -> GeneratedVideo:
     """Animate `input_image` (H, W, 3) uint8 as `request` asks and write the file to `output_filename`.
 
@@ -91,6 +97,10 @@ def generate_video_sync(
     `shared` is the conditioning of an earlier video of the same request; `embed` makes a text for the file
     from the parameters that were only decided here.
     `recorder` has what can be gone on from; `resumed` is what to go on from, and its image the `input_image`.
+    `source` is the request's `input_video`, in place of the `input_image`: F1 goes on from its last frame,
+    and I2V makes what comes before its first. The model sees its latents as history (`sections.Join`), and
+    its frame at the join as start image and image embedding: F1 as in FramePack-Studio, but for what
+    docs/imp_memo.md says.
     The transformer's LoRAs are not looked at: `models.use_loras` has them in place before.
     Reproduces the official `worker`, except that the start latent follows from the seed.
     """
@@ -116,16 +126,21 @@ def generate_video_sync(
         stage("sample", section.index + 1, step, preview=preview_of(x0))
 
     resolution = request.resolution or models.profile.resolution
-    height, width = frame_size(request, input_image, resolution)
-    check_capacity(models, plan, height, width)
+    if source:
+        input_image, height, width = source.at_the_join, source.height, source.width
+    else:
+        height, width = frame_size(request, input_image, resolution)
+    check_capacity(models, plan, height, width, len(source.seen) if source else 0)
     image = start_picture(request, input_image, height, width, seed)
     end_image = end_picture(request, end_image, height, width)
     keyframes = {k: resize_and_center_crop(frame, height, width) for k, frame in (keyframes or {}).items()}
 
     stage("encode")
     if shared is None or request.start == "noise":  # which is another picture for each seed
-        encoder = Encoder(models, timer, check)
-        conditioning = encode_conditioning(models, image, plan, request, seed, encoder, keyframes, end_image)
+        encoder = Encoder(models, timer, check, frugal)
+        conditioning = encode_conditioning(
+            models, image, plan, request, seed, encoder, keyframes, end_image, source
+        )
     else:
         conditioning = shared.for_seed(seed)
     if resumed:
@@ -136,7 +151,8 @@ def generate_video_sync(
     preview_of = _previews(conditioning.start_latent, image) if request.preview else lambda x0: None
 
     path = Path(output_filename)
-    decoder = VideoDecoder(models, plan, timer, path.parent, force_tiling=frugal)
+    edge = source.blended if source else None
+    decoder = VideoDecoder(models, plan, timer, path.parent, force_tiling=frugal, edge=edge)
     preserved_gb = math.inf if frugal else request.gpu_memory_preservation
     try:
         stage("sample", section=1)
@@ -152,9 +168,7 @@ def generate_video_sync(
             raise _with_sections(error, decoder.sections, plan) from None
         timer.drop_sections(decoder.sections)
 
-    whole = decoder.sections == len(plan.sections)
-
-    clips = _FinishedClips(decoder, plan.exact_frames if whole else None, check_cancelled)
+    clips = _FinishedClips(decoder, plan, source, request.include_source, check_cancelled)
     report(progress.at("mp4_encode", section=decoder.sections, step=request.steps))
     with timer.span("mp4_encode"):
         file = _file(request, embed({"shift": shift}) if embed else None)
@@ -172,6 +186,7 @@ def generate_video_sync(
         plan=plan,
         sections=decoder.sections,
         tiled_decode=decoder.tiled,
+        source=source,
         shift=shift,
         warnings=conditioning.warnings,
         poster=poster,
@@ -182,9 +197,7 @@ def generate_video_sync(
 def _plan(request: VideoRequest, direction: Direction) -> SectionPlan:
     if request.one_frame:
         return plan_one_frame(request, direction)
-    return plan_sections(
-        request.total_second_length, request.latent_window_size, direction, request.exact_length
-    )
+    return plan_video(request, direction)
 
 
 @dataclass(frozen=True)
@@ -192,13 +205,19 @@ class _FinishedClips:
     """The video's clips from the first on, each time they are gone through."""
 
     decoder: VideoDecoder
-    exact_frames: int | None
+    plan: SectionPlan
+    source: "SourceVideo | None"
+    include_source: bool
     check_cancelled: Callable[[], None]
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        made = self.plan.frames_with(self.decoder.sections)
+        kept = self.plan.frames if self.decoder.sections == len(self.plan.sections) else made
         clips = self.decoder.clips()
-        if self.exact_frames is not None:
-            clips = first_frames(clips, self.exact_frames)
+        if self.source:
+            clips = joined(clips, self.source, made, kept, self.include_source, self.check_cancelled)
+        elif kept < made:
+            clips = frames_between(clips, 0, kept)
         for clip in clips:
             self.check_cancelled()
             yield clip

@@ -20,11 +20,19 @@ CPU_SHARE = 0.5  # of what a GPU takes; measured with a VAE of 8 channels at 512
 TOKEN_PEAK = 19.0  # hidden states alive at once: 2.0 GB beside the weights at 640×608 and W = 9
 
 
-def check_capacity(models: Models, plan: SectionPlan, height: int, width: int) -> None:
-    """Raises TooLargeForMemoryError where the GPU, or the machine's own memory, cannot hold the job."""
+def check_capacity(models: Models, plan: SectionPlan, height: int, width: int, held_frames: int = 0) -> None:
+    """Raises TooLargeForMemoryError where the GPU, or the machine's own memory, cannot hold the job.
+
+    `held_frames` are those of a given video that lie in memory, as bytes, and are encoded.
+    """
     device = models.device
-    needed = max(sampling_bytes(models, plan, height, width), decoding_bytes(models, plan, height, width))
+    needed = max(
+        sampling_bytes(models, plan, height, width),
+        decoding_bytes(models, plan, height, width),
+        _vae_bytes(models, height, width, held_frames),
+    )
     video = min(3 * height * width * plan.frames, IN_MEMORY)  # as bytes, until the file is written
+    video += 3 * height * width * held_frames
     if device.type == "cpu":
         _check(video + needed, available_memory(), "memory", plan, height, width)
     else:
@@ -55,14 +63,19 @@ def section_tokens(plan: SectionPlan, height: int, width: int, patch: int, compr
 
 def decoding_bytes(models: Models, plan: SectionPlan, height: int, width: int) -> int:
     """Of the longest decode: in tiles on a GPU, where the VAE must be brought; whole on a CPU."""
+    alone = len(plan.sections) == 1 and not plan.extends
+    latent_frames = plan.window + 1 if alone else 2 * plan.window + 1
+    return _vae_bytes(models, height, width, 2 * frames_of(latent_frames))  # in pieces, and joined
+
+
+def _vae_bytes(models: Models, height: int, width: int, frames: int) -> int:
+    """Of a decode, or of an encode, which computes less, beside the pixels of so many frames."""
     vae = models.vae
-    latent_frames = plan.window + 1 if len(plan.sections) == 1 else 2 * plan.window + 1
-    pixels = 3 * height * width * frames_of(latent_frames) * vae.dtype.itemsize
+    pixels = 3 * height * width * frames * vae.dtype.itemsize
     if models.device.type == "cpu":
-        return int(CPU_SHARE * decode_bytes(vae, height, width)) + 2 * pixels
+        return int(CPU_SHARE * decode_bytes(vae, height, width)) + pixels
     tile = min(height, vae.tile_sample_min_height), min(width, vae.tile_sample_min_width)
-    weights = memory.weight_bytes(vae)
-    return weights + decode_bytes(vae, *tile) + 2 * pixels  # in pieces, and joined
+    return memory.weight_bytes(vae) + decode_bytes(vae, *tile) + pixels
 
 
 def available_memory() -> float:

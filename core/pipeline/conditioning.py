@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,11 +15,15 @@ from core.timeline import Cue, read_timeline, without_effect
 from diffusers_helper.text import PromptEmbeds, mix_prompts
 from diffusers_helper.vae import ImagePosterior
 
+if TYPE_CHECKING:
+    from core.input_video import SourceVideo
+
 # The VAE's draw has its own generator, seeded beyond every job's seed, so that the noise is the official one.
 VAE_SEED_OFFSET = 2**32
 # The end image's draw has another, so that the start latent is the same with and without. Not by an offset:
 # torch's CPU generator reads only the low 32 bits of its seed.
 END_SEED_MASK = 0x9E3779B9
+SOURCE_SEED_MASK = 0x7F4A7C15  # a given video's, likewise
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class SectionConditioning:
 class ImageLatent:
     """An image's latent, and what it takes to draw it anew for another seed."""
 
-    latent: torch.Tensor  # (1, 16, 1, H/8, W/8), float32 on the CPU
+    latent: torch.Tensor  # (1, 16, 1, H/8, W/8), float32 on the CPU; of a clip more frames than 1
     posterior: ImagePosterior  # on the CPU
     device: torch.device  # that draws it, the VAE's
     mixed_seed: Callable[[int], int]
@@ -75,6 +80,7 @@ class Conditioning:
     negative: PromptEmbeds | None  # None where cfg is 1
     images: Mapping[int | None, StartImage]  # by the keyframe of a cue; None is the video's first frame
     end: ImageLatent | None  # of the end image
+    source: ImageLatent | None  # of a given video: its frames nearest to the join
     device: torch.device  # the transformer's
     dtype: torch.dtype
     warnings: tuple[str, ...]
@@ -89,6 +95,11 @@ class Conditioning:
         """The same of the end image, times its strength."""
         return self.end and self.end.latent
 
+    @property
+    def source_latents(self) -> torch.Tensor | None:
+        """Of a given video that is gone on from, (1, 16, T, H/8, W/8) in its order, float32 on the CPU."""
+        return self.source and self.source.latent
+
     def starting_at(self, latent: torch.Tensor) -> "Conditioning":
         """The same with this start latent, which an earlier job had."""
         first = self.images[None]
@@ -98,7 +109,8 @@ class Conditioning:
     def for_seed(self, seed: int) -> "Conditioning":
         """The same for another seed: only the latents of the images depend on it."""
         images = {k: replace(image, drawn=image.drawn.drawn(seed)) for k, image in self.images.items()}
-        return replace(self, images=images, end=self.end and self.end.drawn(seed))
+        end, source = (latent and latent.drawn(seed) for latent in (self.end, self.source))
+        return replace(self, images=images, end=end, source=source)
 
     def of(self, section: Section) -> SectionConditioning:
         cue = self.cues[section.index]
@@ -122,10 +134,12 @@ def encode_conditioning(
     encoder: Encoder,
     keyframes: Mapping[int, np.ndarray] | None = None,
     end_image: np.ndarray | None = None,
+    source: "SourceVideo | None" = None,
 ) -> Conditioning:
     """Encode what the plan's sections need of the request's prompts and images.
 
     The images, (H, W, 3), have their final size; `keyframes` are by their places in `request.sections`.
+    `source` is a video that is gone on from, and `image` its frame at the join.
     """
     timeline = read_timeline(request.prompt, request.sections)
     by_time = timeline.cues(plan.middles_s, request.blend_sections)
@@ -143,6 +157,10 @@ def encode_conditioning(
     end = None
     if ends:
         end = ImageLatent.of(posteriors[-1], models.device, seed, _end_seed, request.end_image_strength)
+    clip = None
+    if source is not None:
+        posterior = encoder.clip(source.seen).part(source.join.latents)
+        clip = ImageLatent.of(posterior, models.device, seed, _source_seed)
     averaged = ends if request.end_image_mode == "embedding" else []
     embeds = encoder.image_embeds(pixels + averaged)
     if averaged:
@@ -154,6 +172,7 @@ def encode_conditioning(
         negative=texts[-1] if guided else None,
         images=dict(zip(places, map(StartImage, starts, embeds), strict=False)),
         end=end,
+        source=clip,
         device=models.device,
         dtype=models.transformer_dtype,
         warnings=(
@@ -173,3 +192,7 @@ def _start_seed(seed: int) -> int:
 
 def _end_seed(seed: int) -> int:
     return END_SEED_MASK ^ seed
+
+
+def _source_seed(seed: int) -> int:
+    return SOURCE_SEED_MASK ^ seed

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from core.pipeline.clips import ClipStore
 from core.pipeline.models import Models
 from core.pipeline.sections import SectionPlan
 from core.timing import JobTimer
-from diffusers_helper.blending import SectionJoiner
+from diffusers_helper.blending import SectionJoiner, from_uint8
 from diffusers_helper.vae import DecodedTiles, decode_latents
 
 
@@ -27,14 +28,17 @@ class VideoDecoder:
         timer: JobTimer,
         folder: Path,
         force_tiling: bool = False,
+        edge: np.ndarray | None = None,
     ) -> None:
+        """`edge`, (T, H, W, 3) uint8, is what there is of a given video to blend the first section with."""
         self._models = models
         self._timer = timer
         self._prepends = plan.direction == "i2v"
         self._force_tiling = force_tiling
         self._tiles = DecodedTiles()
         self._store = ClipStore(folder)
-        self._joiner = SectionJoiner(plan.overlap, self._store.hold)
+        begun = None if edge is None else from_uint8(edge, models.vae.dtype)
+        self._joiner = SectionJoiner(plan.overlap, self._store.hold, begun)
         self.tiled = False
         self.sections = 0  # how many are in
 
@@ -45,7 +49,9 @@ class VideoDecoder:
         """
         models = self._models
         with self._timer.section_span("decode"), models.on_device("vae"):
-            tiled = self._force_tiling or not self._fits(latents)
+            *_, height, width = latents.shape
+            scale = models.vae.spatial_compression_ratio
+            tiled = self._force_tiling or not fits_untiled(models, height * scale, width * scale)
             self.tiled |= tiled
             with self._tiles.used_by(models.vae):
                 pixels = decode_latents(latents, models.vae, models.device, tiled, check)
@@ -59,22 +65,17 @@ class VideoDecoder:
         """The video so far: consecutive uint8 clips (1, 3, T, H, W)."""
         return self._joiner.clips(prepended=self._prepends)
 
-    def _fits(self, latents: torch.Tensor) -> bool:
-        models = self._models
-        return models.device.type == "cpu" or models.has_gpu_memory(untiled_decode_bytes(models.vae, latents))
 
-
-def untiled_decode_bytes(vae, latents: torch.Tensor) -> int:
-    """GPU memory an untiled decode takes at its peak, measured and scaled by pixels and channels.
-
-    The VAE decodes `tile_sample_min_num_frames` frames at a time, so length hardly matters.
-    """
-    _, _, _, height, width = latents.shape
-    return decode_bytes(vae, height * vae.spatial_compression_ratio, width * vae.spatial_compression_ratio)
+def fits_untiled(models: Models, height: int, width: int) -> bool:
+    """Whether the GPU has memory to decode such a frame as a whole, or to encode it, which takes less."""
+    return models.device.type == "cpu" or models.has_gpu_memory(decode_bytes(models.vae, height, width))
 
 
 def decode_bytes(vae, height: int, width: int) -> int:
-    """The same for a frame, or a tile, of so many pixels."""
+    """Memory that decoding a frame, or a tile, of so many pixels takes at its peak, measured and scaled.
+
+    The VAE decodes `tile_sample_min_num_frames` frames at a time, so length hardly matters.
+    """
     frames = vae.tile_sample_min_num_frames + 1
     return int(UNTILED_PEAK * height * width * frames * vae.config.block_out_channels[0] * vae.dtype.itemsize)
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from core.pipeline.decoding import fits_untiled
 from core.pipeline.encoding_cache import content_key
 from core.pipeline.models import Models
 from core.timing import JobTimer
@@ -19,11 +20,18 @@ class Encoder:
     """One job's encoder; results lie on the CPU, in the order of what was given.
 
     `timer` gets the seconds and counts hits and misses; `check` runs before each thing that is encoded and
-    may raise to stop.
+    may raise to stop. Clips are encoded in spatial tiles where memory is short, or it is `frugal`.
     """
 
-    def __init__(self, models: Models, timer: JobTimer, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        models: Models,
+        timer: JobTimer,
+        check: Callable[[], None] = lambda: None,
+        frugal: bool = False,
+    ) -> None:
         self._models = models
+        self._frugal = frugal
         self._timer = timer
         self._check = check
 
@@ -35,6 +43,12 @@ class Encoder:
         """Of (H, W, 3) uint8 each."""
         with self._timer.span("vae_encode"):
             return self._encode("vae", images, self._posterior, "vae")
+
+    def clip(self, frames: np.ndarray) -> vae.ImagePosterior:
+        """Of (T, H, W, 3) uint8, T being 1, 5, 9 …"""
+        with self._timer.span("vae_encode"):
+            (posterior,) = self._encode("vae_clip", [frames], self._clip, "vae")
+            return posterior
 
     def image_embeds(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """(H, W, 3) uint8 each → (1, patches, D) each."""
@@ -71,6 +85,12 @@ class Encoder:
 
     def _posterior(self, image: np.ndarray) -> vae.ImagePosterior:
         return vae.encode_image(image, self._models.vae, self._models.device).to(CPU)
+
+    def _clip(self, frames: np.ndarray) -> vae.ImagePosterior:
+        models = self._models
+        _, height, width, _ = frames.shape
+        tiled = self._frugal or not fits_untiled(models, height, width)
+        return vae.encode_clip(frames, models.vae, models.device, tiled, self._check).to(CPU)
 
     def _embeds(self, image: np.ndarray) -> torch.Tensor:
         models = self._models

@@ -51,6 +51,10 @@ def sample_sections(
     An I2V video may have an end image: its latent is the history that the first section sampled, the video's
     end, would else find empty. It is no part of the video.
 
+    Where the plan extends a given video, the video's latents are the history from the start: those before the
+    new part for F1, which begins with nothing else, and those after it for I2V. What is decoded has as many
+    of them as there are new ones, so that there is something to blend.
+
     In swap mode `preserved_gb` of GPU memory are kept free of the transformer's weights. The first sections
     come from `resumed`, as they were sampled then; the rest goes on with its generator. `new_cache` makes
     other step caches than the request's. Raises RequestError where the model cannot have the request's.
@@ -65,8 +69,11 @@ def sample_sections(
     history = torch.zeros(1, channels, HISTORY_FRAMES, height, width)
     kept = HISTORY_FRAMES + 2 * plan.window + 1  # the most that a section sees or decodes beside its own
     forward = plan.direction == "f1"
+    source = conditioning.source_latents
     if forward:
-        history = torch.cat([history, start], dim=2)
+        history = torch.cat([history, start if source is None else source], dim=2)
+    elif source is not None:
+        history = torch.cat([source, history], dim=2)
     elif conditioning.end_latent is not None:
         history[:, :, :1] = conditioning.end_latent
 

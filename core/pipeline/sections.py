@@ -5,9 +5,13 @@ the end ("inverted anti-drifting"), each section seeing the start image and what
 forwards, each section seeing the start image and what came before.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from core.weights.profiles import Direction
+
+if TYPE_CHECKING:
+    from core.request import VideoRequest
 
 FPS = 30
 TEMPORAL_COMPRESSION = 4  # video frames per latent frame, after the first
@@ -33,7 +37,8 @@ class SectionPlan:
     direction: Direction
     window: int
     sections: tuple[Section, ...]
-    exact_frames: int | None = None  # video frames to keep, from the start; None: all
+    exact_frames: int | None = None  # video frames to keep; None: all
+    extends: bool = False  # it goes on from a given video: forward from its end (F1) or back from its start
 
     @property
     def overlap(self) -> int:
@@ -42,9 +47,23 @@ class SectionPlan:
 
     @property
     def frames(self) -> int:
-        """Length of the finished video."""
-        frames = frames_of(len(self.sections) * self.window + 1)
-        return frames if self.exact_frames is None else self.exact_frames
+        """Length of the finished video; of the new part alone where it extends another."""
+        return self.frames_with(len(self.sections)) if self.exact_frames is None else self.exact_frames
+
+    def frames_with(self, sections: int) -> int:
+        """Length of the first `sections` that were made, nothing cut off."""
+        return self._first_frame + TEMPORAL_COMPRESSION * self.window * sections
+
+    @property
+    def _first_frame(self) -> int:
+        """Place of the first frame that the earliest section's stride of 4W brings.
+
+        Before it is the start image. A new part that a video follows has none, its first latent frame is a
+        single frame and not four, and its last frame is the given video's first.
+        """
+        if not self.extends:
+            return 1
+        return 0 if self.direction == "f1" else -TEMPORAL_COMPRESSION
 
     def position(self, section: Section) -> int:
         """Its place in the video, from 0: I2V samples the last one first."""
@@ -54,10 +73,63 @@ class SectionPlan:
     def middles_s(self) -> list[float]:
         """The second at the middle of each section, in the video's order.
 
-        Frame 0 is the start image; the section at place k makes the frames 4Wk + 1 … 4W(k + 1).
+        Frame 0 is the start image; the section at place k makes the frames 4Wk + 1 … 4W(k + 1). Seconds of a
+        part that extends a video are the part's own.
         """
         stride = self.window * TEMPORAL_COMPRESSION
-        return [(1 + stride * (k + 0.5)) / FPS for k in range(len(self.sections))]
+        return [(self._first_frame + stride * (k + 0.5)) / FPS for k in range(len(self.sections))]
+
+
+@dataclass(frozen=True)
+class Join:
+    """Where a given video of `frames` frames meets what is made: at its end if `forward`, or at its start.
+
+    The model sees the video as latents of the frames nearest to the join, as far as its history reaches, or
+    one section, which is decoded again beside the new ones and blended with the video's own pixels.
+    """
+
+    FEWEST: ClassVar[int] = 1 + TEMPORAL_COMPRESSION  # frames: two latent frames, the first of one frame
+
+    forward: bool
+    window: int
+    frames: int
+
+    @classmethod
+    def most_seen(cls, window: int) -> int:
+        """Frames that are encoded of a long video."""
+        return frames_of(_most_latents(window) + 1)
+
+    @property
+    def seen(self) -> int:
+        """Frames that are encoded: one, and four for each latent frame after the first."""
+        return min(
+            (self.frames - 1) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION + 1, self.most_seen(self.window)
+        )
+
+    @property
+    def latents(self) -> slice:
+        """Which of the encoded latent frames are history.
+
+        The first stands for one frame, as an image's does, and all others for four. Forward it is the far end
+        of a short video, where F1's history has the start image; backward it would lie next to the new part,
+        in the midst of the history, so that it is left out and the part's last frame takes its place.
+        """
+        return slice(0 if self.forward and self._encoded <= _most_latents(self.window) else 1, None)
+
+    @property
+    def overlap(self) -> int:
+        """Frames of the video that are decoded again with the first section sampled, and blended."""
+        near = min(self._encoded - (self.latents.start or 0), self.window)
+        return frames_of(near if self.forward else near + 1)
+
+    @property
+    def _encoded(self) -> int:
+        return (self.seen - 1) // TEMPORAL_COMPRESSION + 1
+
+
+def _most_latents(window: int) -> int:
+    """Latent frames of a given video that a section sees or decodes."""
+    return max(HISTORY_FRAMES, window)
 
 
 def frames_of(latent_frames: int) -> int:
@@ -80,20 +152,49 @@ def paddings(count: int) -> list[int]:
     return list(range(count - 1, -1, -1))
 
 
-def plan_sections(seconds: float, window: int, direction: Direction, exact: bool = False) -> SectionPlan:
+def plan_sections(
+    seconds: float, window: int, direction: Direction, exact: bool = False, extends: bool = False
+) -> SectionPlan:
     """The sections of a video of about `seconds`, in the order they are sampled.
 
-    Where `exact`, there are enough for `seconds` and the plan says how many frames of them to keep.
+    Where `exact`, there are enough for `seconds` and the plan says how many frames of them to keep. Where it
+    `extends` a given video, that is no part of the `seconds`.
     """
     count = section_count(seconds, window)
-    exact_frames = round(seconds * FPS) if exact else None
-    if exact_frames is not None and frames_of(count * window + 1) < exact_frames:
-        count += 1  # the count was rounded down, by half a section at most
+    plan = _plan(count, window, direction, extends)
+    if not exact:
+        return plan
+    exact_frames = round(seconds * FPS)
+    while plan.frames < exact_frames:  # the count was rounded down, by half a section and a frame or so
+        count += 1
+        plan = _plan(count, window, direction, extends)
+    return replace(plan, exact_frames=exact_frames)
+
+
+def plan_video(request: "VideoRequest", direction: Direction) -> SectionPlan:
+    """The sections of the video that is asked for."""
+    return plan_sections(
+        request.total_second_length,
+        request.latent_window_size,
+        direction,
+        request.exact_length,
+        extends=request.input_video is not None,
+    )
+
+
+def _plan(count: int, window: int, direction: Direction, extends: bool) -> SectionPlan:
     if direction == "f1":
         sections = [_forward_section(index, window) for index in range(count)]
+    elif extends:
+        # A longer video's last ones: what comes before a video has no picture that it starts with, so the
+        # model is never told that the start image is near, or next.
+        far = paddings(count + 2)[:count]
+        sections = [_inverted_section(index, pad, window) for index, pad in enumerate(far)]
     else:
         sections = [_inverted_section(index, pad, window) for index, pad in enumerate(paddings(count))]
-    return SectionPlan(direction, window, tuple(sections), exact_frames)
+    if extends:  # each is decoded with what is next to it, the first one with the given video
+        sections = [replace(section, decode_frames=2 * window) for section in sections]
+    return SectionPlan(direction, window, tuple(sections), extends=extends)
 
 
 def _inverted_section(index: int, padding: int, window: int) -> Section:
