@@ -69,6 +69,8 @@ def parse_options(
 ) -> argparse.Namespace:
     """Flags over environment. As argparse: exits with status 2 and the usage on what it cannot read."""
     options = _parser().parse_intermixed_args(arguments)
+    if options.input_video is not None and options.prompt is None:  # then a single one is no IMAGE
+        options.image, options.prompt = None, options.image
     options.preview = True if options.preview_file and options.resume is None else None
     options.endpoint = (options.endpoint or env.get("RUNPOD_ENDPOINT_ID", "")).strip()
     options.api_key = (options.api_key or env.get("RUNPOD_API_KEY", "")).strip()
@@ -81,7 +83,9 @@ def check_options(options: argparse.Namespace) -> None:
     if options.resume is not None:
         _check_resume(options)
     elif options.input_json is None and options.prompt is None:
-        raise UsageError("IMAGE and PROMPT are needed, or --input-json, or --resume.")
+        raise UsageError("IMAGE and PROMPT are needed, or --input-video, or --input-json, or --resume.")
+    elif options.image is not None and options.input_video is not None:
+        raise UsageError("--input-video stands in place of IMAGE; both must not be given.")
     if options.local is not None:
         if options.detach or options.resume or options.execution_timeout:
             raise UsageError("--local has no --detach, --resume or --execution-timeout.")
@@ -97,17 +101,19 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def default_output(options: argparse.Namespace) -> Path:
-    """Named after the job, the image or the input file, in the current folder.
+    """Named after the job, the image, the video or the input file, in the current folder.
 
     Its suffix is of the format that a flag asks for; the reply's content type has the last word.
     """
     if options.resume is not None:
         return Path(f"{options.resume}.mp4")
     suffix = FORMATS.get(options.format, ".mp4")
-    if options.image is None:
+    source = options.image or options.input_video
+    if source is None:
         return Path(f"{options.input_json.stem}{suffix}")
-    source = re.sub(r"[?#].*", "", options.image) if "://" in options.image else options.image
-    return Path(f"{Path(source).stem or 'video'}{suffix}")
+    source = re.sub(r"[?#].*", "", source) if "://" in source else source
+    extended = "" if options.image else "-extended"  # another name than the given video's
+    return Path(f"{Path(source).stem or 'video'}{extended}{suffix}")
 
 
 def _check_resume(options: argparse.Namespace) -> None:
@@ -115,6 +121,7 @@ def _check_resume(options: argparse.Namespace) -> None:
     if (
         options.image
         or options.end_image
+        or options.input_video
         or options.input_json
         or options.set
         or fields
@@ -170,6 +177,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--input-json", type=Path, metavar="FILE", help="start from a file such as test_input.json")
     for flag, field, kind, metavar, text in FIELD_FLAGS:
         add(flag, dest=field, type=kind, metavar=metavar, help=text)
+    add(
+        "--input-video",
+        metavar="FILE",
+        help="a video to go on from, in place of IMAGE: a file or an https URL",
+    )
     add("--end-image", metavar="FILE", help="what the video ends with: a file or an https URL, as IMAGE")
     add(
         "--lora",

@@ -3,6 +3,8 @@
 import argparse
 import base64
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,22 @@ from client.api import MAX_REQUEST_BYTES
 from client.errors import UsageError
 from client.options import FIELDS
 
-MAX_IMAGE_BYTES = 20_000_000  # the worker's limit
-SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")
+
+@dataclass(frozen=True)
+class Kind:
+    """Of the files that a request holds."""
+
+    name: str
+    max_bytes: int  # the worker's limit
+    start: re.Pattern[bytes]
+
+
+IMAGE = Kind("a PNG, JPEG or WebP", 20_000_000, re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF"))
+VIDEO = Kind(
+    "an MP4, MOV, WebM, MKV or GIF",
+    100_000_000,
+    re.compile(rb".{4}(ftyp|moov|mdat|free|skip|wide)|\x1aE\xdf\xa3|GIF8", re.DOTALL),
+)
 
 
 def build_request(options: argparse.Namespace) -> bytes:
@@ -19,9 +35,11 @@ def build_request(options: argparse.Namespace) -> bytes:
     request = _from_file(options.input_json) if options.input_json else {"input": {}}
     fields = request["input"]
     if options.image is not None:
-        fields["input_image"] = _image(options.image, "IMAGE")
+        fields["input_image"] = _inlined(options.image, "IMAGE", IMAGE)
+    if options.input_video is not None:
+        fields["input_video"] = _inlined(options.input_video, "--input-video", VIDEO)
     if options.end_image is not None:
-        fields["end_image"] = _image(options.end_image, "--end-image")
+        fields["end_image"] = _inlined(options.end_image, "--end-image", IMAGE)
     flags = {name: getattr(options, name) for name in ("prompt", *FIELDS)}
     fields |= {name: value for name, value in flags.items() if value is not None}
     fields |= dict(_assignment(text) for text in options.set)
@@ -35,12 +53,12 @@ def build_request(options: argparse.Namespace) -> bytes:
     if len(body) > MAX_REQUEST_BYTES and options.local is None:
         raise UsageError(
             f"The request has {len(body) / 1e6:.1f} MB and RunPod takes {MAX_REQUEST_BYTES / 1e6:g} MB, "
-            "which images of about 7 MB fill; give smaller ones, or https URLs in their place."
+            "which files of about 7 MB fill; give smaller ones, or https URLs in their place."
         )
     return body
 
 
-def _image(source: str, what: str) -> str:
+def _inlined(source: str, what: str, kind: Kind) -> str:
     """base64 of a file; an https URL as it is, for the worker to fetch."""
     if source.lower().startswith("https://"):
         return source
@@ -48,13 +66,13 @@ def _image(source: str, what: str) -> str:
         raise UsageError(f"{what} must be a file or an https URL.")
     try:
         with Path(source).open("rb") as file:
-            data = file.read(MAX_IMAGE_BYTES + 1)
+            data = file.read(kind.max_bytes + 1)
     except (OSError, ValueError) as error:
         raise UsageError(f"{source} cannot be read ({_reason(error)}).") from None
-    if len(data) > MAX_IMAGE_BYTES:
-        raise UsageError(f"{source} has over {MAX_IMAGE_BYTES / 1e6:g} MB, more than the worker takes.")
-    if not data.startswith(SIGNATURES):
-        raise UsageError(f"{source} is not a PNG, JPEG or WebP.")
+    if len(data) > kind.max_bytes:
+        raise UsageError(f"{source} has over {kind.max_bytes / 1e6:g} MB, more than the worker takes.")
+    if not kind.start.match(data):
+        raise UsageError(f"{source} is not {kind.name}.")
     return base64.b64encode(data).decode()
 
 

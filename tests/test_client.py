@@ -228,6 +228,15 @@ def test_an_image_on_the_web_is_left_to_the_worker(folder):
     assert (folder / "dancer-2.mp4").read_bytes() == VIDEO
 
 
+def test_a_video_to_go_on_from_stands_in_place_of_the_image(folder):
+    (folder / "clip.mp4").write_bytes(VIDEO)
+    with FakeEndpoint(DONE) as endpoint:
+        assert run(folder, "She goes on.", "--input-video", "clip.mp4", endpoint=endpoint).returncode == 0
+    fields = {"prompt": "She goes on.", "input_video": base64.b64encode(VIDEO).decode()}
+    assert endpoint.asked("run")[0].json == {"input": fields}
+    assert (folder / "clip-extended.mp4").read_bytes() == VIDEO
+
+
 def test_json_is_one_document_without_the_video(folder):
     done = make(folder, DONE, arguments=["--json"])
     assert done.returncode == 0
@@ -652,6 +661,9 @@ def test_ctrl_c_in_a_download_leaves_the_finished_job_alone(folder):
         (["dancer.png", "x", "--set", "cfg=1e999"], "a number that JSON does not know"),
         (["dancer.png", "x", "--cfg", "nan"], "a number that JSON does not know"),
         (["dancer.png", "x", "--end-image", "notes.txt"], "is not a PNG, JPEG or WebP"),
+        (["x", "--input-video", "dancer.png"], "is not an MP4, MOV, WebM, MKV or GIF"),
+        (["dancer.png", "x", "--input-video", "a.mp4"], "both must not be given"),
+        (["--resume", JOB_ID, "--input-video", "a.mp4"], "--resume takes a job as it was submitted"),
         (["dancer.png", "x", "--lora", "a.safetensors=strong"], "the weight must be a number (got strong)"),
         (["--input-json", "notes.txt"], "not valid JSON"),
         (["--input-json", "list.json"], "must be a JSON object"),
