@@ -1,6 +1,7 @@
 """Training of the demo models, piece by piece: what is trained is what the sampler runs."""
 
 import itertools
+import json
 import math
 import random
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from builder.demo import autoencoder, bank, flow_matching, layouts, optimizers, transformer
+from builder.demo import autoencoder, bank, flow_matching, layouts, optimizers, train, transformer
 from builder.demo.course import COMPILED_AFTER, Course
 from builder.demo.devices import ahead
 from builder.demo.encoders import Encoders, write_encoders
@@ -267,6 +268,42 @@ def test_the_transformer_learns_from_a_bank(clips):
     midway, last = (so_far.proj_out.weight for so_far in kept)
     assert midway.any() and not torch.equal(midway, last)
     assert torch.equal(last, model.proj_out.weight)
+
+
+def test_a_further_course_goes_on_from_the_last_one(vae, tmp_path, monkeypatch):
+    write_encoders(tmp_path, PROMPTS, seed=0)
+    vae.save_pretrained(tmp_path / "hunyuan" / "vae")
+    drawn = []
+
+    def bank_batch(rng, device):
+        drawn[-1].add(rng.random())
+        return moving_clips(2)[:, : layouts.SHORT_FRAMES], [[PROMPTS[0]], [PROMPTS[2]]], None
+
+    def course(steps, **options):
+        drawn.append(set())
+        courses = train.Courses(Course(steps=0), Course(steps=1), Course(steps=steps))
+        train.train(tmp_path, 0, courses, ("transformer",), batch=2, **options)
+        weights = FramePackTransformer.from_pretrained(tmp_path / "framepack").state_dict()
+        parts = json.loads((tmp_path / "training.json").read_text())["parts"]
+        return weights, {name: part["steps"] for name, part in parts.items() if "transformer" in name}
+
+    monkeypatch.setattr(train, "bank_batch", bank_batch)
+    monkeypatch.setattr(train, "make_transformer", tiny_transformer)
+    monkeypatch.setattr(transformer, "PARTS", ("short",))
+    monkeypatch.setattr(transformer, "PART_SHARES", (1,))
+    first, record = course(3)
+    assert record == {"transformer": 3}
+    same, record = course(0, further=True)
+    assert record == {"transformer": 3, "transformer 2": 0}
+    assert all(torch.equal(same[name], first[name]) for name in first)
+    other, record = course(2, further=True)
+    assert record == {"transformer": 3, "transformer 2": 0, "transformer 3": 2}
+    assert not torch.equal(other["proj_out.weight"], first["proj_out.weight"])
+    again, record = course(3)
+    assert record == {"transformer": 3}
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    assert drawn[0] & drawn[3]
+    assert not drawn[0] & drawn[1] and not drawn[1] & drawn[2]
 
 
 def test_a_batch_of_the_bank_belongs_together(encoders, clips):

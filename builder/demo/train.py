@@ -1,8 +1,9 @@
 """Train the demo models from nothing, on one GPU, into a folder in the hub's layout.
 
     pip install -r builder/demo/requirements.txt
-    python -m builder.demo.train FOLDER [--seed 0] [--minutes 23]
+    python -m builder.demo.train FOLDER [--seed 0] [--minutes 25]
     python -m builder.demo.train FOLDER --parts transformer    # with the encoders and the VAE that are there
+    python -m builder.demo.train FOLDER --further              # another course for its transformer
     python -m builder.demo.train FOLDER --steps 4000 500 9000  # as many as an earlier run had
 
 Writes hunyuan/, redux/ and framepack/ (one transformer for both directions), and training.json: what was
@@ -35,6 +36,7 @@ from builder.demo.reading import train_text_encoders
 from builder.demo.scene import FRAME_SIZES, draw_meaning, photograph_scene, train_scene
 from builder.demo.transformer import make_transformer, save_transformer, train_transformer
 from builder.demo.world import render_batch
+from diffusers_helper.transformer import FramePackTransformer
 from diffusers_helper.vae import attend_framewise
 
 TRAINED = ("encoders", "vae", "transformer")
@@ -74,13 +76,16 @@ def main() -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=MINUTES, help="for all parts but the encoders")
     length.add_argument("--steps", type=int, nargs=3, metavar=("VAE", "CLIPS", "TRANSFORMER"))
-    parser.add_argument("--parts", type=_parts, default=TRAINED, help=f"of {','.join(TRAINED)}")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--parts", type=_parts, default=TRAINED, help=f"of {','.join(TRAINED)}")
+    which.add_argument("--further", action="store_true", help="the transformer alone, on from what it is")
     options = parser.parse_args()
+    parts = ("transformer",) if options.further else options.parts
     if options.steps:
         courses = Courses(*(Course(steps=steps) for steps in options.steps))
     else:
-        courses = Courses.of_seconds(60 * options.minutes, options.parts)
-    train(options.folder, options.seed, courses, options.parts)
+        courses = Courses.of_seconds(60 * options.minutes, parts)
+    train(options.folder, options.seed, courses, parts, further=options.further)
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -96,10 +101,12 @@ def train(
     courses: Courses,
     parts: Collection[str] = TRAINED,
     batch: int = BATCH,
+    further: bool = False,
 ) -> None:
     """Train `parts`, the others being in `folder`.
 
-    The same seed and steps give the same models, within the noise of the GPU's sums.
+    With `further` the transformer goes on from what is there, with new clips. The same seed and steps give
+    the same models, within the noise of the GPU's sums.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
@@ -124,7 +131,10 @@ def train(
             vae.half().save_pretrained(folder / "hunyuan" / "vae")
 
     if "transformer" in parts:
-        with record.part("clips") as numbers:
+        earlier = record.count("transformer") if further else 0
+        nth = f" {earlier + 1}" if earlier else ""
+        seed += earlier  # or it would all be drawn as before
+        with record.part(f"clips{nth}") as numbers:
             half = torch.float16 if device.type == "cuda" else torch.float32
             vae = AutoencoderKLHunyuanVideo.from_pretrained(folder / "hunyuan" / "vae", torch_dtype=half)
             attend_framewise(vae)
@@ -134,9 +144,11 @@ def train(
                 bank.add(pixels, prompts, starts)
             bank.encode_prompts()
             numbers |= {"batches": courses.clips.steps, "clips": len(bank)}
-        with record.part("transformer", batch=batch) as numbers:
-            model = make_transformer()
-            save = partial(save_transformer, folder=folder / "framepack")
+        with record.part(f"transformer{nth}", batch=batch) as numbers:
+            where = folder / "framepack"
+            model = FramePackTransformer.from_pretrained(where) if further else make_transformer()
+            save = partial(save_transformer, folder=where)
+            model = model.float()  # the file has float16
             for row in train_transformer(model, bank, courses.transformer, batch, device, seed, keep=save):
                 record.row(row)
             numbers["steps"] = courses.transformer.steps
@@ -199,9 +211,14 @@ class Record:
         self._rows: list[dict] = []
         self._name, self._started = "", 0.0
 
+    def count(self, name: str) -> int:
+        """How many courses there have been of this part: `name`, `name 2` and so on."""
+        return sum(part.split()[0] == name for part in self._parts)
+
     @contextmanager
     def part(self, name: str, **numbers: int) -> Iterator[dict[str, int]]:
-        """Times what is done within it; its numbers may be added to."""
+        """Times what is done within it; its numbers may be added to. A first course makes later ones void."""
+        self._parts = {part: done for part, done in self._parts.items() if not part.startswith(f"{name} ")}
         self._name, self._rows, self._started = name, [], time.perf_counter()
         yield numbers
         seconds = round(time.perf_counter() - self._started, 1)
