@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import evaluations, full_size, full_size_models, official
+from benchmarks import evaluations, features, full_size, full_size_models, official
 from benchmarks.cold_load import cold_load
 from benchmarks.floors import Rates, disk_rate, evict, flop_of
 from benchmarks.full_size import Row, decoded_frames, main, table
@@ -188,3 +188,13 @@ class TestFloors:
         shown = table([Row("a", 2.0, None, 1.0), Row("b", 2.0, 4.0, None, "GB")])
         assert "| a | 1.000 s | 2.000 s | — | — | 2.00 |" in shown
         assert "| b | — | 2.000 GB | 4.000 GB | 0.500 | — |" in shown
+
+
+def test_what_features_add_to_a_job(small_frames, capsys, monkeypatch):
+    monkeypatch.setattr(features, "profile_of", full_size.profile_of)
+    features.main(["models", "--steps", "1", "--rounds", "1", "--only", "LoRA,MagCache,poster"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    names, _, with_it, adds = zip(*rows, strict=True)
+    assert names == ("| feature", "| LoRA", "| MagCache", "| poster")
+    assert with_it[1].endswith(" s") and with_it[3].endswith(" s")
+    assert "has no measured magnitudes" in adds[2]
