@@ -113,6 +113,9 @@ class Worker:
             if load is None:
                 from core.pipeline import initialize_models as load
             self._models = load()
+            from diffusers_helper.memory import keep_for_good  # torch, as in `_run`
+
+            keep_for_good()
         return self._models
 
 

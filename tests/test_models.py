@@ -1,7 +1,9 @@
 """Loading: what is missing or broken is named; what is there runs as the library's class does."""
 
+import gc
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from core.pipeline.sampling import pack_history
 from core.pipeline.sections import plan_sections
 from core.settings import Settings
 from core.weights.profiles import TRANSFORMER, Source, load_profile
+from core.worker import Worker
+from diffusers_helper import memory
 from diffusers_helper.text import PromptEncoder
 from tests.tiny import TINY, TINY_MODELS, models_at
 
@@ -311,3 +315,19 @@ def test_sizes_come_from_the_configs():
     """None of these sizes is the real models', yet the same code loads them."""
     config = json.loads((TINY_MODELS / "framepack" / "config.json").read_text())
     assert config["num_attention_heads"] != 24 and config["text_embed_dim"] != 4096
+
+
+def test_what_a_start_made_is_looked_at_no_more():
+    models = initialize_models(TINY)
+    gc.unfreeze()
+    Worker(lambda: models).start()
+    assert gc.get_freeze_count() > 100_000
+
+
+def test_a_transformer_that_was_kept_for_good_goes_when_it_is_dropped():
+    models = initialize_models(TINY)
+    models.transformer.itself = [models.transformer]
+    dropped = weakref.ref(models.transformer)
+    memory.keep_for_good()
+    models.drop_transformers()
+    assert dropped() is None

@@ -316,13 +316,13 @@ class Models:
     def _drop_idle(self, count: int | None = None) -> None:
         for source in [*self._idle][:count]:
             memory.forget(self._idle.pop(source))
-        memory.release_unused_memory(self.device)
+        memory.release_dropped_models(self.device)
 
     def _drop_transformer(self) -> None:
         if self.transformer is not None:
             memory.forget(self.transformer)
             self.transformer = None
-            memory.release_unused_memory(self.device)
+            memory.release_dropped_models(self.device)
 
     def _load_transformer(self, folder: Path) -> FramePackTransformer:
         """As its files have it, on the CPU."""
