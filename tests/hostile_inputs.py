@@ -7,6 +7,7 @@ fuzzed without a word here.
 import hashlib
 import math
 import types
+from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from hypothesis import strategies as st
@@ -74,8 +75,10 @@ ONE_OF = ("input_image", "resume_latents")  # what a job can begin with
 DEEP = st.builds(_nested, st.sampled_from([2, 50, 400]), st.booleans())
 
 
-def good_values(field: FieldInfo) -> SearchStrategy:
-    """What the field should take, by its annotation."""
+@cache  # here and below: a strategy is checked anew, and slowly, each time that it is built
+def good_values(model: type[BaseModel], name: str) -> SearchStrategy:
+    """What the field `name` of `model` should take, by its annotation."""
+    field = model.model_fields[name]
     members = (
         get_args(field.annotation)
         if get_origin(field.annotation) in (Union, types.UnionType)
@@ -131,21 +134,29 @@ def _named_once(lora: dict) -> dict:
     return lora | {"name": None}
 
 
-def edge_values(field: FieldInfo) -> SearchStrategy:
+@cache
+def edge_values(model: type[BaseModel], name: str) -> SearchStrategy:
     """On both sides of the field's bounds."""
+    field = model.model_fields[name]
     values: list[Any] = []
-    for name in ("ge", "le", "multiple_of"):
-        if (bound := _limit(field, name)) is not None:
+    for limit in ("ge", "le", "multiple_of"):
+        if (bound := _limit(field, limit)) is not None:
             values += [bound - 1, bound, bound + 1, float(bound), bound + 0.5]
             values += [math.nextafter(bound, -math.inf), math.nextafter(bound, math.inf)]
-    for name in ("min_length", "max_length"):
-        if (length := _limit(field, name)) is not None:
+    for limit in ("min_length", "max_length"):
+        if (length := _limit(field, limit)) is not None:
             values += ["x" * (length - 1), "x" * length, "🐈" * length, "x" * (length + 1)]
     return st.sampled_from(values) if values else st.nothing()
 
 
 def _limit(field: FieldInfo, name: str) -> Any:
     return next((getattr(limit, name) for limit in field.metadata if hasattr(limit, name)), None)
+
+
+@cache
+def _beginnings(name: str) -> SearchStrategy:
+    """Of one of the fields in ONE_OF, which is not to be empty."""
+    return good_values(VideoRequest, name).filter(lambda value: value is not None)
 
 
 @st.composite
@@ -160,8 +171,7 @@ def good_objects(draw: Any, model: type[BaseModel] = VideoRequest) -> dict:
         chosen = draw(_going_together(chosen))
     data = {}
     for name in draw(st.permutations([*required, *chosen])):
-        values = good_values(model.model_fields[name])
-        value = draw(values.filter(lambda value: value is not None) if name in ONE_OF else values)
+        value = draw(_beginnings(name) if name in ONE_OF else good_values(model, name))
         secret = name in SECRETS or (model is TimedSection and name == "image")
         data[draw(st.sampled_from(_names_of(model, name)))] = planted(value) if secret else value
     return data
@@ -187,13 +197,18 @@ def _names_of(model: type[BaseModel], name: str) -> list[str]:
     return [name, *aliases] if model is VideoRequest else [name]
 
 
+@cache
+def _any_values(name: str) -> SearchStrategy:
+    """For a request's field: good, nearly good or anything."""
+    return st.one_of(edge_values(VideoRequest, name), good_values(VideoRequest, name), VALUES, DEEP)
+
+
 @st.composite
 def _faults(draw: Any) -> dict:
     """One field with anything as its value, or one that does not exist."""
     known = draw(st.sampled_from([*VideoRequest.model_fields, *ALIASES]))
     name = ALIASES.get(known, known)
-    field = VideoRequest.model_fields[name]
-    value = draw(st.one_of(edge_values(field), good_values(field), VALUES, DEEP))
+    value = draw(_any_values(name))
     if isinstance(value, dict) and name in SECRETS and draw(st.booleans()):
         value |= draw(st.dictionaries(st.sampled_from([*value, "region"]) | TEXTS, VALUES | DEEP, max_size=2))
     key = known

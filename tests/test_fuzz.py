@@ -391,7 +391,7 @@ def test_jobs(models, stranger, monkeypatch):
         assert repr(job) == before
         return outcome_of(reply)
 
-    buckets = good_values(VideoRequest.model_fields["s3_config"]).map(planted) | VALUES
+    buckets = good_values(VideoRequest, "s3_config").map(planted) | VALUES
     jobs = st.fixed_dictionaries({"id": TEXTS, "input": job_inputs()}, optional={"s3Config": buckets})
     outcomes = fuzz(check, st.tuples(jobs, answers()), cost=2)
     assert {"done", "invalid_request", "invalid_image"} <= outcomes.keys() <= {"done"} | REFUSALS
@@ -445,7 +445,7 @@ SHORT = (
     "aspect_ratio",
     "loras",
 )
-ANY = {name: good_values(field) for name, field in VideoRequest.model_fields.items() if name not in SHORT}
+ANY = {name: good_values(VideoRequest, name) for name in VideoRequest.model_fields if name not in SHORT}
 ANY["sections"] = ANY["sections"].map(with_keyframes)
 
 
