@@ -17,11 +17,11 @@ import pytest
 
 from tests.fake_runpod import BASE64, FakeRunPod, decode, is_mp4, running_handler
 from tests.fake_storage import fake_storage
-from tests.test_endurance import STEADY, quick_input
+from tests.test_endurance import SMALL, STEADY, quick_input
 
 JOBS = int(os.environ.get("SOAK_JOBS", "20"))
 EVERY = max(5, JOBS // 10)  # jobs between two looks at what the process holds
-MOST_GROWTH = 8_000_000  # from the second look to the last; a kept frame or latent a job would be far more
+MOST_GROWTH = 4_000_000  # from the second look to the last; a kept frame or latent a job would be far more
 
 # what to ask for, and the codes that may come back ("" is a video)
 WORKER_FAULTS = {
@@ -124,7 +124,7 @@ def queue_one(runpod: FakeRunPod, draw: random.Random, number: int) -> tuple[str
     if number % EVERY == EVERY - 1:
         words += " report"
     runpod.result_faults[name].extend(faults)
-    runpod.queue(name, quick_input(prompt=f"{words} job", **fields))
+    runpod.queue(name, quick_input(**{"prompt": f"{words} job"} | SMALL | fields))
     return name, None if cancelled else expected
 
 
