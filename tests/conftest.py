@@ -1,5 +1,6 @@
 """What several tests need: the tiny models, loaded once, and a small picture."""
 
+import gc
 import os
 from dataclasses import replace
 
@@ -13,11 +14,41 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores
 
 
+# the files that take longest, those first: one begun last would run on alone, beside an idle process
+LONGEST = (
+    "test_runpod_loop",
+    "test_resume",
+    "test_quality",
+    "test_fuzz",
+    "test_bad_inputs",
+    "test_faults",
+    "test_serve_api",
+    "test_soak",
+    "test_hub",
+    "test_endurance",
+    "test_parity",
+    "test_compile",
+)
+
+
 def pytest_collection_modifyitems(items):
     """Share the tests out by file, as their fixtures go; only the long parity jobs go one by one."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
     for item in items:
         if item.path.stem != "test_parity":
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_finish():
+    """Every job collects garbage, and looks only at what the tests make: modules stay for good."""
+    keep_for_good()
+
+
+def keep_for_good() -> None:
+    """Leave all that there is out of later collections; what is garbage by now still goes, and warns."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +58,9 @@ def tiny_models():
     from core.weights.profiles import load_profile
     from tests.tiny import TINY
 
-    return Models(load_profile(TINY), torch.device("cpu"), settings=replace(TINY, encoding_cache_mb=0))
+    models = Models(load_profile(TINY), torch.device("cpu"), settings=replace(TINY, encoding_cache_mb=0))
+    keep_for_good()  # loading has imported half of transformers and diffusers
+    return models
 
 
 @pytest.fixture(autouse=True)
