@@ -1,6 +1,5 @@
 """What several tests need: the tiny models, loaded once, and a small picture."""
 
-import gc
 import os
 from dataclasses import replace
 
@@ -9,6 +8,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, before its first te
 import numpy as np
 import pytest
 import torch
+
+from diffusers_helper import memory
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores
@@ -41,14 +42,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Every job collects garbage, and looks only at what the tests make: modules stay for good."""
-    keep_for_good()
-
-
-def keep_for_good() -> None:
-    """Leave all that there is out of later collections; what is garbage by now still goes, and warns."""
-    gc.collect()
-    gc.freeze()
+    """Every job collects garbage, and looks only at what the tests make."""
+    memory.keep_for_good()
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +54,7 @@ def tiny_models():
     from tests.tiny import TINY
 
     models = Models(load_profile(TINY), torch.device("cpu"), settings=replace(TINY, encoding_cache_mb=0))
-    keep_for_good()  # loading has imported half of transformers and diffusers
+    memory.keep_for_good()  # loading has imported half of transformers and diffusers
     return models
 
 

@@ -22,15 +22,16 @@ ROOT = Path(__file__).parents[1]
 JOBS = 50
 EVERY = 10  # by the first look, everything that is kept on purpose is there
 
-# Resident memory, once the allocator has returned what is free, moved by 0.2 MB between the tenth and the
-# fiftieth job in most runs measured, and by 1.4 MB at most. 2.5 MB are 62 kB per job: less than one frame of
-# SMALL (77 kB) or one section's latents (179 kB).
+# 2.5 MB from the tenth to the fiftieth job are 62 kB per job: less than one frame of SMALL (77 kB) or one
+# section's latents (179 kB). Without a leak it is a small part of that (docs/imp_memo.md).
 MOST_GROWTH = 2_500_000
 SMALL = {"resolution": None, "width": 160, "height": 160}  # a third of the usual job's work
 
 STEADY = {
-    # glibc otherwise raises this limit as it runs, and free memory inside its heap moves the figure by 100 MB
-    "MALLOC_MMAP_THRESHOLD_": "4000000",
+    # glibc otherwise raises this limit as it runs, and free memory inside its heaps, one for each thread,
+    # moves the figure by 100 MB; at 4 MB it still moved by 3
+    "MALLOC_MMAP_THRESHOLD_": "500000",
+    "MALLOC_ARENA_MAX": "1",
     # fewer page faults, and no threads that compete for two cores: half the time
     "THP_MEM_ALLOC_ENABLE": "1",
     "OMP_NUM_THREADS": "1",
@@ -42,8 +43,6 @@ def quick_models() -> Models:
     models = initialize_models(TINY)
     vae = AutoencoderKLHunyuanVideo(block_out_channels=(1, 1, 1, 1), layers_per_block=0, norm_num_groups=1)
     models.vae = vae.eval().requires_grad_(False)
-    gc.collect()
-    gc.freeze()  # what the imports made; each job's own collection then looks only at what jobs make
     return models
 
 
