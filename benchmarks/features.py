@@ -1,6 +1,6 @@
 """What each feature adds to a job of two sections, on models of full size.
 
-    python -m benchmarks.features MODELS [--only end_image,lora] [--steps 6] [--rounds 3]
+    python -m benchmarks.features MODELS [--only "end image,LoRA"] [--steps 6] [--rounds 3]
 
 MODELS is a folder made by `benchmarks.full_size_models` (or one with the real weights in the same layout).
 Every feature's job runs right after a plain one, and after a short one of its own; what it adds is the median
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
-    # jobs read them anew
+    # not Settings of our own: each job reads the environment anew
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, {"ENCODING_CACHE_MB": "0", "LORA_DIR": folder, "VOLUME_DIR": folder}),
