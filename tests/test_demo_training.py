@@ -185,9 +185,9 @@ def test_a_batch_is_its_samples_one_by_one():
             torch.testing.assert_close(together[i : i + 1], velocity, atol=1e-5, rtol=1e-4)
 
 
-def test_noise_levels_are_spread_as_the_schedule_is():
+def test_noise_levels_are_spread_as_a_schedule_with_more_noise_is():
     sigmas = flow_matching.draw_sigmas(20_000, 1296, CPU, torch.Generator().manual_seed(0))
-    shift = math.exp(0.5 + (1296 - 256) * 0.65 / 3840)
+    shift = flow_matching.MORE_NOISE * math.exp(0.5 + (1296 - 256) * 0.65 / 3840)
     assert sigmas.min() > 0 and sigmas.max() <= 1
     assert sigmas.median().item() == pytest.approx(shift / (shift + 1), abs=0.01)
 
@@ -247,9 +247,10 @@ def clips(encoders, vae):
     """A bank of two clips of each part."""
     clips = bank.ClipBank(vae, encoders, seed=0)
     pixels = moving_clips(2)
-    clips.add(pixels[:, : layouts.SHORT_FRAMES], [[PROMPTS[0], PROMPTS[3]], [PROMPTS[2]]])
-    clips.add(pixels, [[PROMPTS[0], PROMPTS[1]], [PROMPTS[2]]])
-    clips.add(pixels.flip(1), [[PROMPTS[0]], [PROMPTS[1]]], starts=pixels[:, :1])
+    starts = pixels[:, 0]
+    clips.add(pixels[:, : layouts.SHORT_FRAMES], [[PROMPTS[0], PROMPTS[3]], [PROMPTS[2]]], starts)
+    clips.add(pixels, [[PROMPTS[0], PROMPTS[1]], [PROMPTS[2]]], starts)
+    clips.add(pixels.flip(1), [[PROMPTS[0]], [PROMPTS[1]]], starts, late=True)
     clips.encode_prompts()
     return clips
 
@@ -277,7 +278,8 @@ def test_a_further_course_goes_on_from_the_last_one(vae, tmp_path, monkeypatch):
 
     def bank_batch(rng, device):
         drawn[-1].add(rng.random())
-        return moving_clips(2)[:, : layouts.SHORT_FRAMES], [[PROMPTS[0]], [PROMPTS[2]]], None
+        clips = moving_clips(2)[:, : layouts.SHORT_FRAMES]
+        return clips, [[PROMPTS[0]], [PROMPTS[2]]], clips[:, 0], False
 
     def course(steps, **options):
         drawn.append(set())

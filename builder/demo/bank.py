@@ -53,22 +53,24 @@ class ClipBank:
 
     @torch.no_grad()
     def add(
-        self, pixels: torch.Tensor, prompts: Sequence[list[str]], starts: torch.Tensor | None = None
+        self, pixels: torch.Tensor, prompts: Sequence[list[str]], starts: torch.Tensor, late: bool = False
     ) -> None:
         """Add clips (B, 37 or 145, H, W, 3) uint8 on the device, each with its paraphrases.
 
-        With start images `starts` (B, 1, H, W, 3) the clips are late ones, and their first frame is not used.
+        `starts` (B, H, W, 3) uint8 are their videos' start images, on the host, where nothing waits for them.
+        The first frame of late clips is not used.
         """
         batch, frames, height, width, _ = pixels.shape
         if frames not in (SHORT_FRAMES, CLIP_FRAMES) or batch != len(prompts):
             raise ValueError(f"{batch} clips of {frames} frames with {len(prompts)} lists of prompts")
-        part = "short" if frames == SHORT_FRAMES else "whole" if starts is None else "late"
+        part = "short" if frames == SHORT_FRAMES else "late" if late else "whole"
         clips = self._clips[part, height, width]
         latents = self._encode(pixels)
-        if starts is not None:
-            latents = torch.cat([self._encode(starts), latents[:, :, 1:]], dim=2)
+        if late:
+            begin = self._encode(on_device(starts[:, None], pixels.device))
+            latents = torch.cat([begin, latents[:, :, 1:]], dim=2)
         clips.latents.append(latents.half())
-        clips.image_embeds.append(self._encoders.images(pixels[:, 0] if starts is None else starts[:, 0]))
+        clips.image_embeds.append(self._encoders.images(starts))
         clips.prompts += prompts
 
     def encode_prompts(self) -> None:

@@ -49,7 +49,7 @@ def ahead(draw: Callable[[random.Random, torch.device], T], seed: str, device: t
                     stream = torch.cuda.current_stream(device)
                     stream.wait_event(finished)
                     for part in drawn if isinstance(drawn, tuple) else (drawn,):
-                        if isinstance(part, torch.Tensor):
+                        if isinstance(part, torch.Tensor) and part.is_cuda:
                             part.record_stream(stream)  # its memory is the other stream's
                 yield drawn
         finally:

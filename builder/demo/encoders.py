@@ -182,6 +182,6 @@ class Encoders:
 
     @torch.no_grad()
     def images(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, 3) uint8 → (B, patches, D)."""
-        inputs = self.feature_extractor(images=[*images.cpu().numpy()], return_tensors="pt").pixel_values
+        """(B, H, W, 3) uint8 on the host → (B, patches, D)."""
+        inputs = self.feature_extractor(images=[*images.numpy()], return_tensors="pt").pixel_values
         return self.image_encoder(inputs.to(self.device)).last_hidden_state

@@ -9,13 +9,15 @@ from diffusers_helper.schedule import flow_shift_mu
 from diffusers_helper.transformer import FramePackTransformer, PackedHistory
 
 CHANGE_WEIGHT = 4.0  # what moves is little of the picture and all of the task
+LEAST_CHANGE = 0.1  # of a sample whose error is weighed by how much changes in it
+MORE_NOISE = 1.5  # times the sampler's shift: what happens is decided while there is much
 TIMESTEPS = 1000.0
 
 
 def draw_sigmas(count: int, tokens: int, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-    """(count,) noise levels, spread as the sampler's steps are over a section of so many tokens."""
+    """(count,) noise levels, as the sampler's for a section of so many tokens, but with MORE_NOISE."""
     t = torch.rand(count, generator=generator, device=device).clamp(1e-4, 1.0)
-    shift = math.exp(flow_shift_mu(tokens))
+    shift = MORE_NOISE * math.exp(flow_shift_mu(tokens))
     return shift / (shift + 1 / t - 1)
 
 
@@ -32,7 +34,8 @@ def flow_loss(
     """Squared error of the velocity noise − x0 at x = (1 − σ)·x0 + σ·noise, σ drawn for each sample.
 
     `target` is (B, 16, T, h, w); `text` (B, n, D) are the prompts' real tokens, equally many in a batch;
-    `guidance` (B,) is the distilled guidance scale. Pixels that differ from the start frame weigh more.
+    `guidance` (B,) is the distilled guidance scale. Pixels that differ from the start frame weigh more, but a
+    sample in which much differs weighs less: a camera's clip would else count as much as ten with a shape.
     """
     batch, _, frames, height, width = target.shape
     p = model.config.patch_size
@@ -50,8 +53,11 @@ def flow_loss(
         history=history,
     ).float()
     start = history.latents_clean[:, :, :1].float()
-    weight = 1 + CHANGE_WEIGHT * (target - start).square().mean(dim=1, keepdim=True)
-    return (weight * (velocity - (noise - target)).square()).sum() / (weight.sum() * target.shape[1])
+    change = (target - start).square().mean(dim=1, keepdim=True)
+    weight = 1 + CHANGE_WEIGHT * change
+    error = (weight * (velocity - (noise - target)).square().mean(dim=1, keepdim=True)).flatten(1).sum(dim=1)
+    by_change = (change.flatten(1).mean(dim=1) + LEAST_CHANGE).rsqrt()
+    return (by_change * error / weight.flatten(1).sum(dim=1)).mean()
 
 
 class AveragedWeights:

@@ -16,7 +16,7 @@ ROUNDS = 5
 class Optimizers:
     """Both optimizers over a module's parameters; `step` also clips the gradient and sets the rates.
 
-    `inside(name)` says of a parameter with two or more dimensions whether it is Muon's.
+    `inside(name)` says of a parameter with two or more dimensions whether it is Muon's; only those decay.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Optimizers:
         self._parameters = [*matrices, *rest]
         self._muon = Muon(matrices, weight_decay)
         fused = self._parameters[0].is_cuda
-        self._adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=weight_decay, fused=fused)
+        self._adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
         self._rates = matrix_rate, rate
 
     def step(self, done: float) -> None:

@@ -45,8 +45,8 @@ VAE_FRAMES, VAE_CROP, VAE_BATCH = 17, 128, 8
 VAE_PHOTOGRAPHS = 0.2  # of the VAE's clips, besides those of the world itself
 VAE_LATEST_START, LATEST_START = 120, 300  # frames; cameras and shapes have come to rest by then
 BANK_FRAMES, PARAPHRASES = 4 * CLIP_FRAMES, 3  # frames encoded at once
-PART_BATCHES = (0.35, 0.5, 0.15)  # of the bank's batches, by PARTS
-BATCH = 64
+PART_BATCHES = (0.25, 0.6, 0.15)  # of the bank's batches, by PARTS
+BATCH = 96
 TOKENIZER_PROMPTS, READING_PROMPTS, READING_STEPS = 20_000, 40_000, 1500
 INFERENCE_NOISE = 0.01  # the start latent is as good as the decoder allows
 
@@ -140,8 +140,8 @@ def train(
             attend_framewise(vae)
             bank = ClipBank(vae.to(device).eval(), Encoders(folder, device), seed)
             drawn = ahead(bank_batch, f"clips {seed}", device)
-            for _, (pixels, prompts, starts) in zip(courses.clips, drawn, strict=False):
-                bank.add(pixels, prompts, starts)
+            for _, batch_of_clips in zip(courses.clips, drawn, strict=False):
+                bank.add(*batch_of_clips)
             bank.encode_prompts()
             numbers |= {"batches": courses.clips.steps, "clips": len(bank)}
         with record.part(f"transformer{nth}", batch=batch) as numbers:
@@ -179,22 +179,22 @@ def vae_clips(rng: random.Random, device: torch.device) -> torch.Tensor:
 
 def bank_batch(
     rng: random.Random, device: torch.device
-) -> tuple[torch.Tensor, list[list[str]], torch.Tensor | None]:
-    """Clips (B, T, H, W, 3) uint8 of one part, each with three ways to ask for it; late ones' start images.
+) -> tuple[torch.Tensor, list[list[str]], torch.Tensor, bool]:
+    """Clips (B, T, H, W, 3) uint8 of one part, each with three ways to ask for it.
 
-    The start images are (B, 1, H, W, 3); the other clips begin with theirs.
+    Then the start images (B, H, W, 3) of their videos, on the host, and whether the clips are late ones, that
+    do not begin with them.
     """
     size = rng.choice(FRAME_SIZES)
     (part,) = rng.choices(PARTS, PART_BATCHES)
     frames = SHORT_FRAMES if part == "short" else CLIP_FRAMES
     scenes = [train_scene(rng, size) for _ in range(BANK_FRAMES // frames)]
     prompts = [[prompt_of(scene, rng) for _ in range(PARAPHRASES)] for scene in scenes]
-    begin = [0.0] * len(scenes)
-    if part != "late":
-        return render_batch(scenes, begin, frames, device), prompts, None
-    later = [rng.uniform(SECTION, LATEST_START) for _ in scenes]
-    clips = render_batch(scenes, later, frames, device)
-    return clips, prompts, render_batch(scenes, begin, 1, device)
+    late = part == "late"
+    begin = [rng.uniform(SECTION, LATEST_START) if late else 0.0 for _ in scenes]
+    clips = render_batch(scenes, begin, frames, device)
+    starts = render_batch(scenes, [0.0] * len(scenes), 1, device) if late else clips
+    return clips, prompts, starts[:, 0].cpu(), late
 
 
 class Record:
