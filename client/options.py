@@ -38,7 +38,9 @@ FIELD_FLAGS = (
     ("--steps", "steps", int, "N", "sampling steps per section (25)"),
     ("--model", "model", str, "NAME", "i2v or f1 (the worker's)"),
     ("--cfg", "cfg", float, "X", "classifier-free guidance (1: none)"),
+    ("--rescale", "rs", float, "X", "of the guidance, 0 to 1, where --cfg is above 1 (0)"),
     ("--gs", "gs", float, "X", "distilled guidance (10)"),
+    ("--start", "start", str, "COLOUR", "begin with black, white, noise or #rrggbb, in place of IMAGE"),
     ("--resolution", "resolution", int, "N", "side of the square whose area the frame has (640)"),
     ("--width", "width", int, "N", "of the frame in pixels, a multiple of 16, with --height"),
     ("--height", "height", int, "N", "likewise"),
@@ -48,6 +50,9 @@ FIELD_FLAGS = (
     ("--shift", "shift", float, "X", "of the noise schedule (0: by the frame's size)"),
     ("--cache", "cache", str, "NAME", "none, teacache, magcache or firstblock (teacache)"),
     ("--cache-threshold", "cache_threshold", float, "X", "higher skips more steps (the cache's own)"),
+    ("--cache-order", "cache_order", int, "N", "extrapolate skipped steps: 1 by a line, 2 by a parabola (0)"),
+    ("--blend", "blend_sections", int, "N", "sections over which one prompt becomes the next (0)"),
+    ("--end-mode", "end_image_mode", str, "NAME", "history or embedding (history)"),
     ("--end-strength", "end_image_strength", float, "X", "of --end-image, 0 to 1 (1)"),
     ("--negative-prompt", "n_prompt", str, "TEXT", "what to avoid, where --cfg is above 1"),
     ("--crf", "mp4_crf", int, "N", "quality, 0 to 51; lower is better and larger (16)"),
@@ -57,7 +62,7 @@ FIELD_FLAGS = (
     ("--outputs", "num_outputs", int, "N", "videos with consecutive seeds, 1 to 4 (1)"),
     ("--timeout", "timeout_s", float, "S", "the worker's own limit for the job"),
 )
-FIELDS = (*(field for _, field, *_ in FIELD_FLAGS), "loras", "partial", "preview")
+FIELDS = (*(field for _, field, *_ in FIELD_FLAGS), "loras", "partial", "exact_length", "poster", "preview")
 
 EXECUTION_TIMEOUT_S = (5, 7 * 24 * 3600)  # RunPod's bounds
 ENDPOINT_ID = re.compile(r"[\w-]{1,100}", re.ASCII)
@@ -69,7 +74,7 @@ def parse_options(
 ) -> argparse.Namespace:
     """Flags over environment. As argparse: exits with status 2 and the usage on what it cannot read."""
     options = _parser().parse_intermixed_args(arguments)
-    if options.input_video is not None and options.prompt is None:  # then a single one is no IMAGE
+    if (options.input_video or options.start) and options.prompt is None:  # then a single one is no IMAGE
         options.image, options.prompt = None, options.image
     options.preview = True if options.preview_file and options.resume is None else None
     options.endpoint = (options.endpoint or env.get("RUNPOD_ENDPOINT_ID", "")).strip()
@@ -83,9 +88,11 @@ def check_options(options: argparse.Namespace) -> None:
     if options.resume is not None:
         _check_resume(options)
     elif options.input_json is None and options.prompt is None:
-        raise UsageError("IMAGE and PROMPT are needed, or --input-video, or --input-json, or --resume.")
-    elif options.image is not None and options.input_video is not None:
-        raise UsageError("--input-video stands in place of IMAGE; both must not be given.")
+        raise UsageError(
+            "IMAGE and PROMPT are needed, or --start, or --input-video, or --input-json, or --resume."
+        )
+    elif sum(given is not None for given in (options.image, options.start, options.input_video)) > 1:
+        raise UsageError("--start and --input-video stand in place of IMAGE; only one must be given.")
     if options.local is not None:
         if options.detach or options.resume or options.execution_timeout:
             raise UsageError("--local has no --detach, --resume or --execution-timeout.")
@@ -101,7 +108,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def default_output(options: argparse.Namespace) -> Path:
-    """Named after the job, the image, the video or the input file, in the current folder.
+    """Named after the job, the image, the video or the input file, else `video`, in the current folder.
 
     Its suffix is of the format that a flag asks for; the reply's content type has the last word.
     """
@@ -110,7 +117,7 @@ def default_output(options: argparse.Namespace) -> Path:
     suffix = FORMATS.get(options.format, ".mp4")
     source = options.image or options.input_video
     if source is None:
-        return Path(f"{options.input_json.stem}{suffix}")
+        return Path(f"{options.input_json.stem if options.input_json else 'video'}{suffix}")
     source = re.sub(r"[?#].*", "", source) if "://" in source else source
     extended = "" if options.image else "-extended"  # another name than the given video's
     return Path(f"{Path(source).stem or 'video'}{extended}{suffix}")
@@ -123,6 +130,7 @@ def _check_resume(options: argparse.Namespace) -> None:
         or options.end_image
         or options.input_video
         or options.input_json
+        or options.sections
         or options.set
         or fields
         or options.execution_timeout
@@ -191,6 +199,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME[=WEIGHT]",
         help="a file of the worker's, or an https URL; may be repeated (weight 1)",
     )
+    add(
+        "--sections",
+        type=Path,
+        metavar="FILE.json",
+        help="prompts and images by time: a list of objects with start_s, end_s, prompt, image",
+    )
+    add("--exact-length", action="store_true", default=None, help="--seconds to the frame, no whole sections")
+    add("--poster", action="store_true", default=None, help="save the first frame as a JPEG, too")
     add("--partial", action="store_true", default=None, help="at the limit, take what there is of the video")
     add("--set", action="append", default=[], metavar="NAME=JSON", help="any other field; may be repeated")
 

@@ -40,6 +40,8 @@ def build_request(options: argparse.Namespace) -> bytes:
         fields["input_video"] = _inlined(options.input_video, "--input-video", VIDEO)
     if options.end_image is not None:
         fields["end_image"] = _inlined(options.end_image, "--end-image", IMAGE)
+    if options.sections is not None:
+        fields["sections"] = _sections(options.sections)
     flags = {name: getattr(options, name) for name in ("prompt", *FIELDS)}
     fields |= {name: value for name, value in flags.items() if value is not None}
     fields |= dict(_assignment(text) for text in options.set)
@@ -76,16 +78,38 @@ def _inlined(source: str, what: str, kind: Kind) -> str:
     return base64.b64encode(data).decode()
 
 
+def _sections(path: Path) -> list[dict[str, Any]]:
+    """What happens when, with each image a file, as seen from the list's folder, or an https URL."""
+    content = _json(path)
+    if not isinstance(content, list):
+        raise UsageError(f"{path} must be a JSON list, of an object for each section.")
+    entries = [_object(entry, f"Entry {place} of {path}") for place, entry in enumerate(content, 1)]
+    return [
+        entry | {"image": _inlined(_beside(path, image), f"`image` in {path}", IMAGE)}
+        if isinstance(image := entry.get("image"), str)
+        else entry
+        for entry in entries
+    ]
+
+
+def _beside(path: Path, source: str) -> str:
+    return source if "://" in source else str(path.parent / source)
+
+
 def _from_file(path: Path) -> dict[str, Any]:
     """A file like test_input.json, or one with only what its `input` holds."""
+    content = _object(_json(path), str(path))
+    if "input" not in content:
+        return {"input": content}
+    return content | {"input": _object(content["input"], f"`input` in {path}")}
+
+
+def _json(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({_reason(error)}).") from None
-    content = _object(_parsed(text, str(path)), str(path))
-    if "input" not in content:
-        return {"input": content}
-    return content | {"input": _object(content["input"], f"`input` in {path}")}
+    return _parsed(text, str(path))
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -19,6 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 LONGEST = (
     "test_runpod_loop",
     "test_resume",
+    "test_demo_features",
     "test_quality",
     "test_fuzz",
     "test_bad_inputs",
@@ -58,13 +59,26 @@ def tiny_models():
     return models
 
 
+@pytest.fixture(scope="session")
+def demo_models():
+    """The trained demo models on the CPU. Tests must leave them as they found them."""
+    from core.pipeline import initialize_models
+    from core.settings import Settings
+    from tests.tiny import TRAINED_ENV
+
+    models = initialize_models(Settings.from_env(TRAINED_ENV))
+    memory.keep_for_good()
+    return models
+
+
 @pytest.fixture(autouse=True)
 def _as_they_were(request):
     """A job leaves the shared models with the transformer that it asked for."""
-    models = request.getfixturevalue("tiny_models") if "tiny_models" in request.fixturenames else None
+    shared = {"tiny_models", "demo_models"} & set(request.fixturenames)
+    models = [request.getfixturevalue(name) for name in shared]
     yield
-    if models is not None:
-        models.use_direction("i2v")
+    for used in models:
+        used.use_direction("i2v")
 
 
 @pytest.fixture

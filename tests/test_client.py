@@ -186,12 +186,14 @@ def test_every_field_can_be_set(folder):
         "--timeout": "90", "--width": "640", "--height": "480", "--aspect-ratio": "4:3", "--window": "7",
         "--sampler": "euler", "--shift": "3", "--cache": "magcache", "--cache-threshold": "0.05",
         "--end-image": "end.png", "--end-strength": "0.7", "--lora": "slow motion.safetensors=0.8",
+        "--rescale": "0.7", "--cache-order": "1", "--blend": "2", "--end-mode": "embedding",
     }  # fmt: skip
     (folder / "end.png").write_bytes(PNG + b"end")
     lora_url = "https://example.com/a.safetensors?token=b"
     with FakeEndpoint(DONE) as endpoint:
         arguments = [text for flag in flags.items() for text in flag]
-        arguments += ["--partial", "--set", 'output="url"', "--lora", f"{lora_url}=-1"]
+        arguments += ["--partial", "--exact-length", "--poster"]
+        arguments += ["--set", 'output="url"', "--lora", f"{lora_url}=-1"]
         done = run(folder, "dancer.png", "Yes.", *arguments, endpoint=endpoint)
     assert done.returncode == 0
     body = endpoint.asked("run")[0].json
@@ -204,11 +206,13 @@ def test_every_field_can_be_set(folder):
         {"url": lora_url, "weight": -1.0},
     ]
     assert fields == {
-        "prompt": "Yes.", "rs": 0.5, "total_second_length": 2.4, "seed": -1, "steps": 12, "model": "f1",
+        "prompt": "Yes.", "rs": 0.7, "total_second_length": 2.4, "seed": -1, "steps": 12, "model": "f1",
         "cfg": 3.0, "gs": 8.0, "resolution": 512, "n_prompt": "blur", "mp4_crf": 20, "use_teacache": False,
         "output": "url", "preview": True, "timeout_s": 90.0, "partial": True, "width": 640, "height": 480,
         "aspect_ratio": "4:3", "latent_window_size": 7, "sampler": "euler", "shift": 3.0,
         "cache": "magcache", "cache_threshold": 0.05, "end_image_strength": 0.7,
+        "cache_order": 1, "blend_sections": 2, "end_image_mode": "embedding", "exact_length": True,
+        "poster": True,
     }  # fmt: skip
 
 
@@ -235,6 +239,31 @@ def test_a_video_to_go_on_from_stands_in_place_of_the_image(folder):
     fields = {"prompt": "She goes on.", "input_video": base64.b64encode(VIDEO).decode()}
     assert endpoint.asked("run")[0].json == {"input": fields}
     assert (folder / "clip-extended.mp4").read_bytes() == VIDEO
+
+
+def test_a_colour_to_start_with_stands_in_place_of_the_image(folder):
+    with FakeEndpoint(DONE) as endpoint:
+        assert run(folder, "Snow falls.", "--start", "#102030", endpoint=endpoint).returncode == 0
+    assert endpoint.asked("run")[0].json == {"input": {"prompt": "Snow falls.", "start": "#102030"}}
+    assert (folder / "video.mp4").read_bytes() == VIDEO
+
+
+def test_sections_come_from_a_file_with_the_images_beside_it(folder):
+    story = folder / "story"
+    story.mkdir()
+    (story / "end.png").write_bytes(PNG + b"end")
+    url = "https://example.com/a.png"
+    told = [
+        {"start_s": 0, "end_s": 1.2, "prompt": "She waves."},
+        {"start_s": 1.2, "image": "end.png"},
+        {"start_s": 2.4, "image": url},
+    ]
+    (story / "times.json").write_text(json.dumps(told))
+    with FakeEndpoint(DONE) as endpoint:
+        arguments = ["dancer.png", "She spins.", "--sections", "story/times.json"]
+        assert run(folder, *arguments, endpoint=endpoint).returncode == 0
+    inlined = {"start_s": 1.2, "image": base64.b64encode(PNG + b"end").decode()}
+    assert endpoint.asked("run")[0].json["input"]["sections"] == [told[0], inlined, told[2]]
 
 
 def test_json_is_one_document_without_the_video(folder):
@@ -662,7 +691,14 @@ def test_ctrl_c_in_a_download_leaves_the_finished_job_alone(folder):
         (["dancer.png", "x", "--cfg", "nan"], "a number that JSON does not know"),
         (["dancer.png", "x", "--end-image", "notes.txt"], "is not a PNG, JPEG or WebP"),
         (["x", "--input-video", "dancer.png"], "is not an MP4, MOV, WebM, MKV or GIF"),
-        (["dancer.png", "x", "--input-video", "a.mp4"], "both must not be given"),
+        (["dancer.png", "x", "--input-video", "a.mp4"], "only one must be given"),
+        (["dancer.png", "x", "--start", "black"], "only one must be given"),
+        (["x", "--start", "black", "--input-video", "a.mp4"], "only one must be given"),
+        (["dancer.png", "x", "--sections", "policy.json"], "policy.json must be a JSON list"),
+        (["dancer.png", "x", "--sections", "list.json"], "Entry 1 of list.json must be a JSON object"),
+        (["dancer.png", "x", "--sections", "times.json"], "notes.txt is not a PNG, JPEG or WebP"),
+        (["--resume", JOB_ID, "--sections", "times.json"], "--resume takes a job as it was submitted"),
+        (["--resume", JOB_ID, "--poster"], "--resume takes a job as it was submitted"),
         (["--resume", JOB_ID, "--input-video", "a.mp4"], "--resume takes a job as it was submitted"),
         (["dancer.png", "x", "--lora", "a.safetensors=strong"], "the weight must be a number (got strong)"),
         (["--input-json", "notes.txt"], "not valid JSON"),
@@ -686,6 +722,7 @@ def test_ctrl_c_in_a_download_leaves_the_finished_job_alone(folder):
 def test_a_fault_here_is_told_before_anything_is_sent(folder, monkeypatch, capsys, arguments, told):
     (folder / "notes.txt").write_text("notes")
     (folder / "list.json").write_text("[1]")
+    (folder / "times.json").write_text('[{"start_s": 0, "image": "notes.txt"}]')
     (folder / "policy.json").write_text('{"input": {}, "policy": 5}')
     (folder / "large.png").write_bytes(PNG + bytes(8_000_000))
     (folder / "huge.png").write_bytes(PNG + bytes(20_000_000))

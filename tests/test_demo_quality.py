@@ -14,14 +14,11 @@ from builder.demo.motion import SECTION, Action
 from builder.demo.scene import Background, Scene, Shape
 from builder.demo.similarity import first_frame_psnr, psnr
 from builder.demo.world import render
-from builder.make_demo_models import WEIGHTS
-from core.pipeline import generate_video_sync, initialize_models
+from core.pipeline import generate_video_sync
 from core.request import VideoRequest
-from core.settings import Settings
 from core.timing import JobTimer
 from diffusers_helper.blending import to_uint8
 from diffusers_helper.vae import decode_latents
-from tests.tiny import models_at
 
 MOST_LOST = 1.0  # dB
 SCENE = Scene(
@@ -43,19 +40,13 @@ LATENTS = {  # cache and threshold → the same before the decode, of latents wh
 
 
 @pytest.fixture(scope="module")
-def models():
-    one_for_both = {"FRAMEPACK_F1_MODEL": str(WEIGHTS / "framepack")}
-    return initialize_models(Settings.from_env(models_at(WEIGHTS) | one_for_both))
-
-
-@pytest.fixture(scope="module")
 def truth():
     """(T, H, W, 3) uint8"""
     return render(SCENE, range(SECTION + 1))
 
 
 @pytest.fixture
-def sample(models, truth, tmp_path, quick_decode):
+def sample(demo_models, truth, tmp_path, quick_decode):
     """One section with a cache, as `core.pipeline` hands it on, and how many steps were computed."""
 
     def sample(cache, threshold=None):
@@ -72,14 +63,14 @@ def sample(models, truth, tmp_path, quick_decode):
         )
         sections, timer = [], JobTimer()
         path = tmp_path / "video.mp4"
-        generate_video_sync(models, truth[0], request, path, timer=timer, on_section=sections.append)
+        generate_video_sync(demo_models, truth[0], request, path, timer=timer, on_section=sections.append)
         return sections[0], timer.sections[0]["steps_computed"]
 
     return sample
 
 
-def test_no_cache_costs_more_than_it_did(models, truth, sample):
-    true_latents = encode_clips(models.vae, torch.from_numpy(truth)[None])[:, :, 1:]
+def test_no_cache_costs_more_than_it_did(demo_models, truth, sample):
+    true_latents = encode_clips(demo_models.vae, torch.from_numpy(truth)[None])[:, :, 1:]
     found, lost, computed = {}, {}, {}
     for choice, before in LATENTS.items():
         section, computed[choice] = sample(*choice)
@@ -89,9 +80,9 @@ def test_no_cache_costs_more_than_it_did(models, truth, sample):
     assert computed.pop(("none", None)) == STEPS and max(computed.values()) < STEPS, computed
 
 
-def test_the_video_shows_what_is_asked(models, truth, sample):
+def test_the_video_shows_what_is_asked(demo_models, truth, sample):
     section, _ = sample("none")
-    frames = to_uint8(decode_latents(section.to_decode, models.vae, models.device))
+    frames = to_uint8(decode_latents(section.to_decode, demo_models.vae, demo_models.device))
     frames = frames[0].permute(1, 2, 3, 0).numpy()
     assert followed(frames, SCENE.meaning)
     assert first_frame_psnr(frames, truth[0]) > FIRST_FRAME - MOST_LOST

@@ -1,7 +1,11 @@
-"""The tiny random models in tests/golden, on which nearly every test runs: a job takes a second or two."""
+"""The tiny random models in tests/golden, on which nearly every test runs: a job takes a second or two.
+
+And the trained demo models, which animate, for the tests that look at the video.
+"""
 
 from pathlib import Path
 
+from builder.make_demo_models import WEIGHTS
 from core.settings import Settings
 
 TINY_MODELS = Path(__file__).parent / "golden" / "tiny"
@@ -20,3 +24,6 @@ def models_at(folder: Path) -> dict[str, str]:
 
 TINY_ENV = models_at(TINY_MODELS)
 TINY = Settings.from_env(TINY_ENV)
+
+# whose one transformer knows both directions
+TRAINED_ENV = models_at(WEIGHTS) | {"FRAMEPACK_F1_MODEL": str(WEIGHTS / "framepack")}
