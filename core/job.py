@@ -448,6 +448,7 @@ def _worker(models: Models, retried: bool) -> dict:
         else None,
         "precision": models.precision,
         "compiled": models.compiled,
+        "attention": models.attention,
         "memory_mode": "swap" if retried else models.memory_mode,
         "profile": models.profile.name,
         "model_load_s": round(models.load_seconds, 3),
