@@ -190,8 +190,10 @@ class Models:
 
     def drop_transformers(self) -> None:
         """Free them all; `use_direction` loads them anew."""
+        if self.transformer is not None:
+            self._idle[self.profile.transformers[self.direction]] = self.transformer
+            self.transformer = None
         self._drop_idle()
-        self._drop_transformer()
 
     @property
     def idle(self) -> list[FramePackTransformer]:
@@ -325,6 +327,8 @@ class Models:
         return self._host_can_keep(needed)
 
     def _drop_idle(self, count: int | None = None) -> None:
+        if not self._idle:
+            return
         for source in [*self._idle][:count]:
             memory.forget(self._idle.pop(source))
         memory.release_dropped_models(self.device)
