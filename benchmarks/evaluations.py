@@ -1,9 +1,11 @@
 """One evaluation of the transformer by every way to run it: seconds beside the official model's, and error.
 
     python -m benchmarks.evaluations [--official CHECKOUT] [--model FOLDER] [--window 9] [--rounds 8]
+                                     [--attention flash]
 
 At full size with random weights, unless FOLDER has others. All ways have the same weights and inputs and run
 in turn; the error is relative to float32. A way that is compiled has its first call's seconds beside it.
+Our ways attend by one kernel: compiled ones share their graphs, which call the one they were made with.
 """
 
 import argparse
@@ -23,7 +25,9 @@ from benchmarks.full_size import machine, one_evaluation
 from benchmarks.full_size_models import SIGLIP_SO400M, framepack_transformer, with_random_weights
 from benchmarks.official import official_transformer, sharing_weights, twin_transformer
 from core.pipeline.loading import load_transformer
+from core.settings import ATTENTION
 from diffusers_helper import fp8
+from diffusers_helper.attention import kernels_for
 from diffusers_helper.compiled import compile_blocks
 from diffusers_helper.transformer import FramePackTransformer, PackedHistory
 
@@ -141,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--official", type=Path, help="a checkout of the official code")
     parser.add_argument("--window", type=int, default=9)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--attention", choices=ATTENTION, default="auto", help="our kernel (auto)")
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
@@ -150,10 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = with_random_weights(framepack_transformer, dtype, device)
         model.__class__ = FramePackTransformer
     model.requires_grad_(False).eval().output_in_float32()
+    model.kernels = kernels_for(options.attention, device, dtype, model.config.attention_head_dim)
     official = official_transformer(options.official) if options.official else None
     found = measure(model, official, options.window, options.rounds)
     beside = next((way.seconds for way in found if way.name == "official"), None)
-    print(f"\n{machine()}, window {options.window}, medians of {options.rounds}")
+    print(f"\n{machine()}, window {options.window}, ours by {model.kernels[0]}, medians of {options.rounds}")
     print("| | one evaluation | ÷ official | error to float32 | first call |\n|---|---|---|---|---|")
     print("\n".join(way.cells(beside) for way in found))
 

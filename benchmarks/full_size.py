@@ -1,6 +1,7 @@
 """Ours and the official code back to back on one machine, with the very same weights: one table.
 
     python -m benchmarks.full_size MODELS --official FRAMEPACK_CHECKOUT [--rows load step job teacache]
+                                   [--attention flash]
 
 MODELS is a folder made by `benchmarks.full_size_models` (or one with the real weights in the same layout).
 The official demo runs as `benchmarks.official` tells, its models sharing our weights' memory. Jobs are of 5
@@ -38,7 +39,7 @@ from core.pipeline.models import MODULES
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import plan_sections
 from core.request import parse_request
-from core.settings import Settings
+from core.settings import ATTENTION, Settings
 from core.timing import JobTimer
 from core.worker import Worker
 from diffusers_helper.memory import GB, weight_bytes
@@ -253,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--window", type=int, default=9)
     parser.add_argument("--crf", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=8, help="pairs of evaluations (8)")
+    parser.add_argument("--attention", choices=ATTENTION, default="auto", help="our kernel (auto)")
     parser.add_argument("--jobs", type=int, default=1, help="pairs of jobs, and of cold loads (1)")
     options = parser.parse_args(arguments)
     asked = set(options.rows)
@@ -269,7 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measured_rows(options: argparse.Namespace, asked: set[str]) -> list[Row]:
     """All but the cold load: on models that are loaded once."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    models = Models(profile_of(options.models), device, "resident", Settings(encoding_cache_mb=0))
+    settings = Settings(encoding_cache_mb=0, attention=options.attention)
+    models = Models(profile_of(options.models), device, "resident", settings)
+    print(f"ours attends by {models.attention}")
     weights = sum(weight_bytes(getattr(models, name)) for name in MODULES) / GB
     rates = measured_rates(device)
     print(f"{weights:.1f} GB of weights; {rates.flops / 1e12:.3g} TFLOP/s, {rates.bandwidth / 1e9:.4g} GB/s")

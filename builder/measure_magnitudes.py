@@ -18,6 +18,7 @@ from statistics import mean
 import numpy as np
 
 from core.errors import WorkerError
+from core.frame import resolution_of
 from core.images import decode_image
 from core.pipeline import Models, initialize_models
 from core.pipeline.conditioning import encode_conditioning
@@ -66,7 +67,7 @@ def measure(models: Models, image: np.ndarray, request: VideoRequest) -> Magnitu
 
     Raises ValueError where a ratio is not a positive number, so that no cache could go by it.
     """
-    resolution = request.resolution or models.profile.resolution
+    resolution = resolution_of(request, models.profile)
     image = resize_and_center_crop(image, *nearest_bucket(*image.shape[:2], resolution))
     plan = plan_sections(request.total_second_length, request.latent_window_size, models.direction)
     timer, seed = JobTimer(), request.seed or 0

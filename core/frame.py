@@ -13,6 +13,7 @@ from diffusers_helper.buckets import nearest_bucket, resize_and_center_crop, sid
 
 if TYPE_CHECKING:
     from core.request import VideoRequest
+    from core.weights.profiles import ModelProfile
 
 NOTHING_TO_START_WITH = "`input_image`, `start` or `input_video` is required"
 MAX_RATIO = 4  # of the longer side to the shorter
@@ -60,6 +61,11 @@ def inert_frame_fields(request: "VideoRequest") -> list[str]:
         for name in ("end_image_strength", "end_image_mode")
         if name in request.model_fields_set
     ]
+
+
+def resolution_of(request: "VideoRequest", profile: "ModelProfile") -> int:
+    """Side of the square whose area the frame has: the request's, or the profile's own."""
+    return request.resolution or profile.resolution
 
 
 def frame_size(request: "VideoRequest", image: np.ndarray | None, resolution: int) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from core.extension import inert_extension_fields
 from core.fetch import fetch_url
 from core.ffmpeg import check_encoder
 from core.file_format import FORMATS, codec_of, inert_fields
-from core.frame import check_direction, frame_size, inert_frame_fields
+from core.frame import check_direction, frame_size, inert_frame_fields, resolution_of
 from core.images import Fetch, decode_image
 from core.input_video import SourceVideo, fit_video, open_video
 from core.keyframes import Keyframe, decode_keyframes
@@ -79,7 +79,7 @@ def run_job(
         check_cancelled()
         deadline.check()
 
-    resolution = request.resolution or models.profile.resolution
+    resolution = resolution_of(request, models.profile)
     saved = source = None
     with timer.span("input"):
         images, sums = _images(request, fetch)
@@ -304,7 +304,7 @@ def _parameters(request: VideoRequest, seed: int, models: Models, keyframes: dic
         "seed": seed,
         "codec": codec_of(request.format, request.codec),
         "model": models.direction,
-        "resolution": None if request.width else request.resolution or models.profile.resolution,
+        "resolution": None if request.width else resolution_of(request, models.profile),
         "cache": request.cache_kind,
         "cache_threshold": cache_threshold(request),
         "one_frame": as_used(request).model_dump() if request.one_frame else None,
@@ -448,6 +448,7 @@ def _worker(models: Models, retried: bool) -> dict:
         else None,
         "precision": models.precision,
         "compiled": models.compiled,
+        "attention": models.attention,
         "memory_mode": "swap" if retried else models.memory_mode,
         "profile": models.profile.name,
         "model_load_s": round(models.load_seconds, 3),

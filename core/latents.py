@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from core.errors import LatentsError, LatentsMismatchError
-from core.frame import frame_size
+from core.frame import frame_size, resolution_of
 from core.lora_files import shown_name
 from core.pipeline.caching import cache_threshold
 from core.pipeline.checkpoint import Checkpoint
@@ -84,7 +84,7 @@ def job_of(request: VideoRequest, seed: int, models: Models, direction: str, sec
         "cache_threshold": cache_threshold(request),
         "seed": seed,
         "model": direction,
-        "resolution": request.resolution or models.profile.resolution,
+        "resolution": resolution_of(request, models.profile),
         "sections": sections,
         "timed": _digest(timed) if request.sections else None,
     }
@@ -114,7 +114,7 @@ def write_latents(path: Path, checkpoint: Checkpoint, job: dict, digest: str) ->
 
 def most_bytes(request: VideoRequest, models: Models) -> int:
     """What the largest file may have that this request can go on from."""
-    resolution = request.resolution or models.profile.resolution
+    resolution = resolution_of(request, models.profile)
     plan = plan_video(request, request.model or models.profile.direction)
     height, width = frame_size(request, None, resolution)
     pixels = height * width

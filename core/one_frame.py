@@ -8,14 +8,17 @@ musubi-tuner.
 from typing import TYPE_CHECKING
 
 from core.errors import RequestError
-from core.timeline import read_timeline
+from core.timeline import Timeline
 
 if TYPE_CHECKING:
     from core.request import OneFrame, VideoRequest
 
 
-def with_its_format(request: "VideoRequest") -> "VideoRequest":
-    """The request with the `format` that follows from `one_frame`. Raises RequestError for contradictions."""
+def with_its_format(request: "VideoRequest", timeline: Timeline) -> "VideoRequest":
+    """The request, whose times are `timeline`, with the `format` that follows from `one_frame`.
+
+    Raises RequestError for contradictions.
+    """
     if request.one_frame is None:
         if request.format == "png":
             raise RequestError("`format` png is one picture and needs `one_frame`; a video has png_sequence.")
@@ -25,7 +28,7 @@ def with_its_format(request: "VideoRequest") -> "VideoRequest":
     for name in ("return_latents", "resume_latents"):
         if getattr(request, name):
             raise RequestError(f"`{name}` must not be given with `one_frame`: a picture does not go on.")
-    if read_timeline(request.prompt, request.sections).entries:
+    if timeline.entries:
         raise RequestError(
             "`sections` and timed prompts must not be given with `one_frame`: it has one time."
         )

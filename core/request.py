@@ -395,9 +395,8 @@ def parse_request(data: Any) -> VideoRequest:
     check_loras(request)
     _check_shift(request)
     _check_resumed(request)
-    request = with_its_format(request)
+    request = with_its_format(request, read_timeline(request.prompt, request.sections))
     check_file(request.format, request.codec, request.fps)
-    read_timeline(request.prompt, request.sections)
     return _with_one_cache(request)
 
 

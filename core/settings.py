@@ -12,6 +12,7 @@ from core.errors import SettingsError
 MEMORY_MODES = ("auto", "resident", "swap")
 PRECISIONS = ("bf16", "fp8")
 COMPILE = ("off", "on")
+ATTENTION = ("auto", "cudnn", "flash", "efficient", "math")
 PROFILES = ("framepack", "framepack-f1", "demo")
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -24,6 +25,7 @@ class Settings:
     memory_mode: str = "auto"  # MEMORY_MODE: auto | resident | swap
     precision: str = "bf16"  # PRECISION: bf16 | fp8, the transformer's; a checkpoint in fp8 is used as it is
     compile: str = "off"  # COMPILE: off | on, the transformer's blocks, with torch.compile
+    attention: str = "auto"  # ATTENTION: auto | cudnn | flash | efficient | math, the transformer's kernel
     compile_cache_dir: str | None = None  # COMPILE_CACHE_DIR; unset: compiled/ on the volume, or not kept
     keep_both_models: bool = True  # KEEP_BOTH_MODELS: I2V and F1, once both were used, where memory allows
     framepack_model: str | None = None  # FRAMEPACK_MODEL: the I2V transformer, at the root
@@ -61,6 +63,7 @@ class Settings:
         _one_of("MEMORY_MODE", self.memory_mode, MEMORY_MODES)
         _one_of("PRECISION", self.precision, PRECISIONS)
         _one_of("COMPILE", self.compile, COMPILE)
+        _one_of("ATTENTION", self.attention, ATTENTION)
         _within("INLINE_LIMIT_MB", self.inline_limit_mb, 0, 14)  # /runsync takes 20 MB of base64
         _within("URL_EXPIRES_S", self.url_expires_s, 60, 7 * 24 * 3600)
         _within("UPLOAD_TIMEOUT_S", self.upload_timeout_s, 1, 24 * 3600)

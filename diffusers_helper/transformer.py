@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import HunyuanVideoFramepackTransformer3DModel
 
+from diffusers_helper.attention import attending_by
 from diffusers_helper.step_cache import StepCache
 
 
@@ -50,8 +51,11 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
 
     For one sample, or for several whose prompts have equally many tokens. Call `output_in_float32()` once
     after loading to project as the official code does for inference. A section's steps share
-    `prepare_history` and `prepare_condition` and then call `velocity`; `forward` is all three.
+    `prepare_history` and `prepare_condition` and then call `velocity`; `forward` is all three. `kernels` are
+    those it attends by, as `attention.kernels_for` names them; without any it is as torch has it.
     """
+
+    kernels: tuple[str, ...] = ()
 
     def output_in_float32(self) -> None:
         self.proj_out.to(torch.float32)
@@ -137,12 +141,12 @@ class FramePackTransformer(HunyuanVideoFramepackTransformer3DModel):
         batch, _, frames, height, width = latents.shape
         tokens = torch.cat([history.tokens, self.x_embedder(latents)], dim=1)
         temb, _ = self.time_text_embed(timestep, condition.pooled_projections, condition.guidance)
-        context = self._context(timestep, condition)
-
         p = self.config.patch_size
         section_length = frames * (height // p) * (width // p)
-        blocks = _Blocks(self, context, temb, history.rotary, section_length)
-        tokens = blocks.rest(tokens) if cache is None else cache.run(tokens, blocks)
+        with attending_by(self.kernels):
+            context = self._context(timestep, condition)
+            blocks = _Blocks(self, context, temb, history.rotary, section_length)
+            tokens = blocks.rest(tokens) if cache is None else cache.run(tokens, blocks)
 
         tokens = self.norm_out(blocks.of_section(tokens), temb)
         tokens = self.proj_out(tokens.to(self.proj_out.weight.dtype))

@@ -1,6 +1,7 @@
 """Both transformers in one worker: kept while memory allows, the idle one dropped where it does not."""
 
 import shutil
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -66,6 +67,25 @@ def test_the_idle_one_goes_where_memory_is_short(host, loads):
     for direction in ("f1", "i2v", "f1"):
         models.use_direction(direction)
     assert loads == ["framepack", "framepack_f1", "framepack", "framepack_f1"]
+
+
+def test_all_are_dropped_at_once_and_nothing_is_looked_for_where_none_was(host, monkeypatch):
+    """A collection of what was kept for good takes half a second."""
+    models = load()
+    host(models, 1)
+    models.use_direction("f1")
+    dropped = [weakref.ref(model) for model in (models.transformer, *models.idle)]
+    collections = []
+    release = memory.release_dropped_models
+    monkeypatch.setattr(
+        memory, "release_dropped_models", lambda device: collections.append(device) or release(device)
+    )
+    models.drop_transformers()
+    assert len(collections) == 1 and [ref() for ref in dropped] == [None, None]
+    models.drop_transformers()
+    assert len(collections) == 1
+    models.use_direction("i2v")
+    assert models.transformer is not None and not models.idle
 
 
 def test_of_three_the_longest_idle_goes_first(host, tmp_path):

@@ -78,6 +78,18 @@ def test_a_compiler_that_fails_is_done_without(monkeypatch, caplog):
     assert "no compiler" in caplog.text
 
 
+def test_the_kernel_of_attention_is_chosen_when_graphs_are_made(monkeypatch):
+    flash_allowed = []
+
+    def backend(graph, inputs):
+        flash_allowed.append(torch.backends.cuda.flash_sdp_enabled())
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    assert start(compile="on", attention="math").compiled
+    assert flash_allowed and not any(flash_allowed)
+
+
 @pytest.fixture
 def never_run(monkeypatch):
     """For tests of what goes on around the blocks."""
@@ -120,6 +132,13 @@ def test_what_was_compiled_is_kept_once_and_taken_from_there(bundle, tmp_path):
     kept.write_bytes(b"damaged")
     warm_up(models, tmp_path / "kept")
     assert bundle[1:] == [b"damaged"] and kept.read_bytes() == b"bundle"
+
+
+@pytest.mark.usefixtures("bundle")
+def test_graphs_of_other_kernels_are_kept_apart(tmp_path):
+    for attention in ("auto", "math"):
+        start(compile="on", attention=attention, compile_cache_dir=str(tmp_path))
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 def test_a_folder_that_cannot_be_written_costs_a_line_in_the_log(bundle, tmp_path, caplog):

@@ -110,8 +110,11 @@ def test_every_way_to_evaluate_beside_the_official_model(checkout, small_frames,
         evaluations, "load_transformer", lambda path, _: load_transformer(path, torch.bfloat16)
     )
     model = TINY_MODELS / "framepack"
-    evaluations.main(["--model", str(model), "--official", str(checkout), "--window", "3", "--rounds", "1"])
-    lines = re.findall(r"^\|.*", capsys.readouterr().out, re.M)
+    arguments = "--window 3 --rounds 1 --attention math"
+    evaluations.main(["--model", str(model), "--official", str(checkout), *arguments.split()])
+    printed = capsys.readouterr().out
+    assert ", ours by math," in printed
+    lines = re.findall(r"^\|.*", printed, re.M)
     rows = {
         name: cells
         for name, *cells in ([c.strip() for c in line.strip("|").split("|")] for line in lines[2:])
@@ -153,8 +156,11 @@ def test_a_table_of_both_with_floors(checkout, small_frames, capsys):
 
 
 def test_without_a_checkout_there_is_only_ours(small_frames, capsys):
-    main([str(TINY_MODELS), "--rows", "step", "--window", "2", "--rounds", "1"])
-    (row,) = re.findall(r"^\| the model.*", capsys.readouterr().out, re.MULTILINE)
+    arguments = "--rows step --window 2 --rounds 1 --attention math"
+    main([str(TINY_MODELS), *arguments.split()])
+    printed = capsys.readouterr().out
+    assert "ours attends by math\n" in printed
+    (row,) = re.findall(r"^\| the model.*", printed, re.MULTILINE)
     assert [cell.strip() for cell in row.strip("|").split("|")][3:5] == ["—", "—"]
 
 

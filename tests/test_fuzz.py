@@ -319,6 +319,7 @@ def models(monkeypatch) -> SimpleNamespace:
         transformer_dtype=torch.float32,
         precision="float32",
         compiled=False,
+        attention="flash",
         warnings=[],
         load_seconds=0.0,
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import full_size
 from core.pipeline import Models, generate_video_sync
 from core.pipeline.compiling import warm_up
 from core.pipeline.loading import load_transformer
@@ -16,6 +17,7 @@ from core.pipeline.loras import ChosenLora
 from core.request import VideoRequest, parse_request
 from core.weights.profiles import load_profile
 from diffusers_helper import fp8, memory, upload
+from diffusers_helper.attention import KERNELS, kernels_for
 from diffusers_helper.lora import parse_lora
 from tests.lora_formats import kohya, originals
 from tests.test_fp8 import made_layer
@@ -191,3 +193,33 @@ def test_compiled_blocks_give_nearly_the_same_latents(models, tmp_path):
     found, _ = generate(compiled, tmp_path)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+OPERATORS = {
+    "cudnn": "aten::_scaled_dot_product_cudnn_attention",
+    "flash": "aten::_scaled_dot_product_flash_attention",
+    "efficient": "aten::_scaled_dot_product_efficient_attention",
+    "math": "aten::_scaled_dot_product_attention_math",
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_of_attention_gives_the_same_velocity(name, models, monkeypatch):
+    """But for what bfloat16 rounds away; and it is that kernel which runs."""
+    models.set_memory_mode("resident")
+    transformer = models.transformer
+    head_dim = transformer.config.attention_head_dim
+    kernels = kernels_for(name, models.device, models.transformer_dtype, head_dim)
+    if kernels[0] != name:
+        pytest.skip(f"no {name} kernel")
+    for side in ("HEIGHT", "WIDTH"):
+        monkeypatch.setattr(full_size, side, 128)
+    velocity = full_size.one_evaluation(models, None, 3)["ours"]
+    with torch.inference_mode():
+        monkeypatch.setattr(transformer, "kernels", ("math",))
+        expected = velocity()
+        monkeypatch.setattr(transformer, "kernels", kernels)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            found = velocity()
+    assert OPERATORS[name] in {event.key for event in profile.key_averages()}
+    assert (found - expected).norm() < 0.02 * expected.norm()

@@ -145,7 +145,14 @@ def test_settings_come_from_the_environment():
 
 
 @pytest.mark.parametrize(
-    "env", [{"MODEL_PROFILE": "wan"}, {"MEMORY_MODE": "maybe"}, {"PRECISION": "fp4"}, {"COMPILE": "yes"}]
+    "env",
+    [
+        {"MODEL_PROFILE": "wan"},
+        {"MEMORY_MODE": "maybe"},
+        {"PRECISION": "fp4"},
+        {"COMPILE": "yes"},
+        {"ATTENTION": "sage"},
+    ],
 )
 def test_a_wrong_setting_is_named(env):
     (name,) = env

@@ -17,7 +17,7 @@ import torch
 from core.deadline import Deadline
 from core.errors import TimeLimitError, VideoEncodingError
 from core.file_format import codec_of
-from core.frame import check_direction, end_picture, frame_size, start_picture
+from core.frame import check_direction, end_picture, frame_size, resolution_of, start_picture
 from core.pipeline.capacity import check_capacity
 from core.pipeline.checkpoint import Checkpoint, Recorder
 from core.pipeline.conditioning import Conditioning, encode_conditioning
@@ -125,7 +125,7 @@ def generate_video_sync(
     def on_step(section: Section, step: int, x0: torch.Tensor) -> None:
         stage("sample", section.index + 1, step, preview=preview_of(x0))
 
-    resolution = request.resolution or models.profile.resolution
+    resolution = resolution_of(request, models.profile)
     if source:
         input_image, height, width = source.at_the_join, source.height, source.width
     else:

@@ -83,7 +83,8 @@ def _key(models: Models) -> str:
     """Of what a compiled block depends on."""
     gpu = models.device.type == "cuda"
     device = torch.cuda.get_device_name(models.device) if gpu else "cpu"
-    what = [torch.__version__, device, models.precision, dict(models.transformer.config)]
+    model = models.transformer
+    what = [torch.__version__, device, models.precision, model.kernels, dict(model.config)]
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -27,6 +27,7 @@ from core.settings import Settings
 from core.weights import files
 from core.weights.profiles import Direction, ModelProfile, Source
 from diffusers_helper import fp8, memory
+from diffusers_helper.attention import kernels_for
 from diffusers_helper.compiled import compile_blocks, is_compiled, uncompile_blocks
 from diffusers_helper.host_memory import free_host_memory
 from diffusers_helper.lora import Merge, Updates
@@ -115,6 +116,11 @@ class Models:
         return is_compiled(self.transformer)
 
     @property
+    def attention(self) -> str:
+        """The kernel by which the transformer's blocks attend."""
+        return self.transformer.kernels[0]
+
+    @property
     def warnings(self) -> list[str]:
         """What this device cannot do of what the settings ask, for every reply."""
         found = []
@@ -126,6 +132,11 @@ class Models:
         if self._settings.compile == "on" and not self.compiled:
             why = self._not_compiled or "in swap mode the blocks' weights come and go"
             found.append(f"The transformer's blocks are not compiled: {why}.")
+        if self._settings.attention not in ("auto", self.attention):
+            found.append(
+                f"The transformer attends by torch's {self.attention} kernel, since its "
+                f"{self._settings.attention} kernel does not work on the worker's device."
+            )
         return found
 
     @property
@@ -179,8 +190,10 @@ class Models:
 
     def drop_transformers(self) -> None:
         """Free them all; `use_direction` loads them anew."""
+        if self.transformer is not None:
+            self._idle[self.profile.transformers[self.direction]] = self.transformer
+            self.transformer = None
         self._drop_idle()
-        self._drop_transformer()
 
     @property
     def idle(self) -> list[FramePackTransformer]:
@@ -314,6 +327,8 @@ class Models:
         return self._host_can_keep(needed)
 
     def _drop_idle(self, count: int | None = None) -> None:
+        if not self._idle:
+            return
         for source in [*self._idle][:count]:
             memory.forget(self._idle.pop(source))
         memory.release_dropped_models(self.device)
@@ -328,6 +343,8 @@ class Models:
         """As its files have it, on the CPU."""
         model = load_transformer(folder, self.transformer_dtype)
         model.output_in_float32()
+        head_dim = model.config.attention_head_dim
+        model.kernels = kernels_for(self._settings.attention, self.device, self.transformer_dtype, head_dim)
         self._magnitudes[model] = curves_of(folder, model.config)
         return model
 
