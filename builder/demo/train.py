@@ -146,9 +146,10 @@ def train(
             numbers |= {"batches": courses.clips.steps, "clips": len(bank)}
         with record.part(f"transformer{nth}", batch=batch) as numbers:
             where = folder / "framepack"
-            model = FramePackTransformer.from_pretrained(where) if further else make_transformer()
+            model = make_transformer()
+            if further:
+                model.load_state_dict(FramePackTransformer.from_pretrained(where).state_dict())
             save = partial(save_transformer, folder=where)
-            model = model.float()  # the file has float16
             for row in train_transformer(model, bank, courses.transformer, batch, device, seed, keep=save):
                 record.row(row)
             numbers["steps"] = courses.transformer.steps
