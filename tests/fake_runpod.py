@@ -22,8 +22,10 @@ import pytest
 
 from core.settings import Settings
 from tests.tiny import TINY_ENV
+from tests.warm_process import WarmProcess
 
 ROOT = Path(__file__).parents[1]
+HANDLER = ROOT / "handler.py"
 TIMEOUT_S = 120  # only a guard against hanging
 LONG_POLL_S = 2.0
 BASE64 = re.compile(r"[A-Za-z0-9+/]{200,}")
@@ -70,9 +72,9 @@ def environment(**values: str) -> dict[str, str]:
 def run_handler(
     *arguments: str, cwd: Path = ROOT, **variables: str | Path
 ) -> subprocess.CompletedProcess[str]:
-    """Run handler.py to its end."""
+    """Run handler.py to its end, in a new Python."""
     return subprocess.run(
-        [sys.executable, str(ROOT / "handler.py"), *arguments],
+        [sys.executable, str(HANDLER), *arguments],
         cwd=cwd,
         env=environment(**{name: str(value) for name, value in variables.items()}),
         stdin=subprocess.DEVNULL,
@@ -83,23 +85,28 @@ def run_handler(
     )
 
 
+def run_warm_handler(
+    folder: Path, *arguments: str, cwd: Path = ROOT, **variables: str | Path
+) -> subprocess.CompletedProcess[str]:
+    """As `run_handler`, in a WarmProcess; its streams are kept in `folder`."""
+    streams = {"stdout": folder / "stdout", "stderr": folder / "stderr"}
+    process = WarmProcess(
+        [str(HANDLER), *arguments],
+        cwd=cwd,
+        env=environment(**{name: str(value) for name, value in variables.items()}),
+        **streams,
+    )
+    with _until_killed(HandlerProcess(process, streams["stdout"])) as handler:
+        status = handler.wait()
+    told = {name: path.read_text(encoding="utf-8") for name, path in streams.items()}
+    return subprocess.CompletedProcess(arguments, status, **told)
+
+
 class HandlerProcess:
     """A running handler.py; stdout and stderr go to one file, so that their order is known."""
 
-    def __init__(
-        self, arguments: list[str], variables: dict[str, str], log: Path, program: tuple[str, ...]
-    ) -> None:
-        self._log = log
-        with log.open("wb") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, *program, *arguments],
-                cwd=ROOT,
-                env=environment(**variables),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+    def __init__(self, process: subprocess.Popen | WarmProcess, log: Path) -> None:
+        self._process, self._log = process, log
 
     @property
     def pid(self) -> int:
@@ -143,7 +150,31 @@ class HandlerProcess:
 def running_handler(
     log: Path, *arguments: str, program: tuple[str, ...] = ("handler.py",), **variables: str
 ) -> Iterator[HandlerProcess]:
-    process = HandlerProcess([*arguments], variables, log, program)
+    """In a new Python."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *program, *arguments],
+            cwd=ROOT,
+            env=environment(**variables),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    with _until_killed(HandlerProcess(process, log)) as handler:
+        yield handler
+
+
+@contextmanager
+def running_warm_handler(log: Path, *arguments: str, **variables: str) -> Iterator[HandlerProcess]:
+    """In a WarmProcess."""
+    process = WarmProcess([str(HANDLER), *arguments], cwd=ROOT, env=environment(**variables), stdout=log)
+    with _until_killed(HandlerProcess(process, log)) as handler:
+        yield handler
+
+
+@contextmanager
+def _until_killed(process: HandlerProcess) -> Iterator[HandlerProcess]:
     try:
         yield process
     finally:

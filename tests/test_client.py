@@ -20,7 +20,15 @@ from client.errors import ClientError
 from client.options import FIELDS, parse_options
 from core.request import VideoRequest
 from tests.fake_endpoint import ENDPOINT_ID, JOB_ID, KEY, FakeEndpoint, WorkingEndpoint, mp4, state
-from tests.fake_runpod import ROOT, TIMEOUT_S, FakeRunPod, environment, is_mp4, job_input, running_handler
+from tests.fake_runpod import (
+    ROOT,
+    TIMEOUT_S,
+    FakeRunPod,
+    environment,
+    is_mp4,
+    job_input,
+    running_warm_handler,
+)
 
 PNG = base64.b64decode(job_input()["input_image"])
 VIDEO = mp4()
@@ -873,8 +881,8 @@ def workers(tmp_path_factory):
     with (
         FakeRunPod() as runpod,
         WorkingEndpoint(runpod) as endpoint,
-        running_handler(logs / "worker", **runpod.variables) as worker,
-        running_handler(logs / "local", *local) as server,
+        running_warm_handler(logs / "worker", **runpod.variables) as worker,
+        running_warm_handler(logs / "local", *local) as server,
     ):
         worker.wait_until(lambda: runpod.asked_for_jobs)
         server.wait_until(lambda: is_open(port))

@@ -19,6 +19,7 @@ from tests.fake_runpod import (
     is_mp4,
     job_input,
     run_handler,
+    run_warm_handler,
     running_handler,
 )
 from tests.tiny import TINY_MODELS
@@ -141,7 +142,7 @@ def test_a_worker_without_its_models_takes_no_job(tmp_path, fault):
     named = broken_models(tmp_path / "hunyuan", fault)
     with FakeRunPod() as runpod:
         runpod.queue("waiting", job_input())
-        done = run_handler(HUNYUAN_MODEL=tmp_path / "hunyuan", **runpod.variables)
+        done = run_warm_handler(tmp_path, HUNYUAN_MODEL=tmp_path / "hunyuan", **runpod.variables)
         assert not runpod.asked_for_jobs
         assert any("status=unhealthy" in ping and "ModelError" in ping for ping in runpod.pings)
     assert done.returncode == 1

@@ -6,7 +6,15 @@ import socket
 import httpx
 import pytest
 
-from tests.fake_runpod import BASE64, TIMEOUT_S, decode, is_mp4, job_input, run_handler, running_handler
+from tests.fake_runpod import (
+    BASE64,
+    TIMEOUT_S,
+    decode,
+    is_mp4,
+    job_input,
+    run_warm_handler,
+    running_warm_handler,
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +26,7 @@ def server(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     options = {"base_url": f"http://localhost:{port}", "timeout": TIMEOUT_S, "trust_env": False}
     with (
-        running_handler(log, "--rp_serve_api", "--rp_api_port", str(port)) as process,
+        running_warm_handler(log, "--rp_serve_api", "--rp_api_port", str(port)) as process,
         httpx.Client(**options) as client,
     ):
         process.wait_until(lambda: _answers(client))
@@ -89,7 +97,7 @@ def test_a_body_of_another_shape_is_refused_and_the_server_lives_on(server, body
 )
 def test_a_local_run_leaves_a_file_and_no_base64(tmp_path, arguments, job_id):
     folder = tmp_path / "not" / "yet"
-    done = run_handler(*arguments, OUTPUT_DIR=folder)
+    done = run_warm_handler(tmp_path, *arguments, OUTPUT_DIR=folder)
     assert done.returncode == 0
     (video,) = folder.iterdir()
     assert video == folder / f"{job_id}.mp4"
@@ -101,7 +109,8 @@ def test_a_local_run_leaves_a_file_and_no_base64(tmp_path, arguments, job_id):
 
 def test_a_bad_local_job_is_told_in_a_sentence(tmp_path):
     folder = tmp_path / "out"
-    done = run_handler("--test_input", json.dumps({"input": job_input(steps=0)}), OUTPUT_DIR=folder)
+    bad = json.dumps({"input": job_input(steps=0)})
+    done = run_warm_handler(tmp_path, "--test_input", bad, OUTPUT_DIR=folder)
     assert done.returncode == 1
     assert "`steps` must be at least 1" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
@@ -121,7 +130,8 @@ def test_a_bad_local_job_is_told_in_a_sentence(tmp_path):
 def test_a_broken_test_input_is_told_in_one_line(tmp_path, content, as_argument, told):
     if content is not None and not as_argument:
         (tmp_path / "test_input.json").write_text(content, encoding="utf-8")
-    done = run_handler(*(["--test_input", content] if as_argument else []), cwd=tmp_path)
+    arguments = ["--test_input", content] if as_argument else []
+    done = run_warm_handler(tmp_path, *arguments, cwd=tmp_path)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert told in line
