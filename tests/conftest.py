@@ -1,6 +1,7 @@
 """What several tests need: the tiny models, loaded once, and a small picture."""
 
 import os
+import signal
 from dataclasses import replace
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, before its first tensor: a third fewer seconds
@@ -13,6 +14,9 @@ from diffusers_helper import memory
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores
+
+# Begun in the background of a shell, programs ignore Ctrl-C, and so would those to which tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # the files that take longest, those first: one begun last would run on alone, beside an idle process
