@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch._inductor import config as inductor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from builder.demo.bank import ClipBank
 from builder.demo.course import Course
@@ -17,6 +16,7 @@ from builder.demo.encoders import IMAGE_WIDTH, POOLED_WIDTH, TEXT_WIDTH
 from builder.demo.flow_matching import AveragedWeights, flow_loss
 from builder.demo.layouts import PARTS, Cut, cut_section
 from builder.demo.optimizers import Optimizers
+from diffusers_helper.attention import kernels_for
 from diffusers_helper.transformer import FramePackTransformer
 
 RATE, MATRIX_RATE = 6e-4, 1.2e-3
@@ -24,13 +24,6 @@ WEIGHT_DECAY = 0.1  # of the matrices: there are far fewer clips than samples of
 PART_SHARES = (0.4, 0.45, 0.15)  # of the batches, by PARTS
 GUIDANCE = (1.0, 16.0)  # of the distilled scale; what is learnt is the same for all
 HISTORY_NOISE = 0.3  # at most, in latents of spread 1: generated history is not as clean as the real one
-# cuDNN's first: a twentieth of a step faster on an H100
-ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 MAX_SHARD = "14MB"
 
 
@@ -91,6 +84,7 @@ def train_transformer(
     model.to(device).train()
     optimizers = Optimizers(model, is_inside, MATRIX_RATE, RATE, WEIGHT_DECAY)
     averages = AveragedWeights(model)
+    model.kernels = kernels_for("auto", device, dtype, model.config.attention_head_dim)
     model.rope.forward = cache(model.rope.forward)  # of few shapes: half of a step's launches
     if device.type == "cuda":
         # both fail on some of these shapes in torch 2.11
@@ -106,8 +100,7 @@ def train_transformer(
         target, history = cut_section(samples.latents, Cut.draw(draw, part), dtype, noise)
         low, high = GUIDANCE
         guidance = low + (high - low) * torch.rand(batch, generator=generator, device=device)
-        mixed = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-        with mixed, sdpa_kernel(ATTENTION, set_priority=True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = flow_loss(
                 model,
                 target,
