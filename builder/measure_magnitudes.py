@@ -1,6 +1,7 @@
 """Measure the magnitude curves that MagCache needs, for models that are not FramePack's own.
 
-    FRAMEPACK_MODEL=FOLDER MODEL_PROFILE=demo python -m builder.measure_magnitudes [--job test_input.json]
+    export FRAMEPACK_MODEL=FOLDER FRAMEPACK_F1_MODEL=FOLDER MODEL_PROFILE=demo
+    python -m builder.measure_magnitudes [--job test_input.json]
 
 Samples the job with every step computed, in both directions, and writes magnitudes.json into the folder of
 each direction's transformer, from which the worker reads it. The worker's own environment says which models

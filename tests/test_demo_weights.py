@@ -229,3 +229,4 @@ class TestTracked:
         transformer = models.transformer
         models.use_direction("f1")
         assert models.transformer is transformer
+        assert models.magnitudes.keys() == {"i2v", "f1"}  # measured: MagCache works for both
