@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKLHunyuanVideo
 
 from benchmarks import full_size
 from core.pipeline import Models, generate_video_sync
@@ -16,7 +17,7 @@ from core.pipeline.loading import load_transformer
 from core.pipeline.loras import ChosenLora
 from core.request import VideoRequest, parse_request
 from core.weights.profiles import load_profile
-from diffusers_helper import fp8, memory, upload
+from diffusers_helper import fp8, memory, upload, vae_fused
 from diffusers_helper.attention import KERNELS, kernels_for
 from diffusers_helper.lora import parse_lora
 from tests.lora_formats import kohya, originals
@@ -35,6 +36,10 @@ REQUEST = VideoRequest(input_image="given below", prompt="a test", total_second_
 def models():
     """Without a cache of encodings: what is compared is made anew."""
     return Models(load_profile(TINY), torch.device("cuda", 0), "resident", replace(TINY, encoding_cache_mb=0))
+
+
+def relative(found, expected):
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def generate(models, tmp_path, request=REQUEST, **options):
@@ -223,3 +228,37 @@ def test_every_kernel_of_attention_gives_the_same_velocity(name, models, monkeyp
             found = velocity()
     assert OPERATORS[name] in {event.key for event in profile.key_averages()}
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_the_vaes_kernels_compute_what_torch_does():
+    kernels = vae_fused.vae_kernels
+    device = torch.device("cuda", 0)
+    for dtype, near in ((torch.float32, 2e-5), (torch.float16, 5e-3)):
+        for channels, groups in ((24, 2), (3, 1), (128, 32)):
+            norm = torch.nn.GroupNorm(groups, channels, eps=1e-6, device=device, dtype=dtype)
+            torch.nn.init.normal_(norm.weight)
+            x = torch.randn(2, channels, 3, 5, 7, device=device, dtype=dtype) + 3
+            for factors in ((1, 1, 1), (1, 2, 2), (2, 2, 2)):
+                for used in (None, norm):
+                    scales = used and kernels.scales_and_shifts(x, norm)
+                    ours = kernels.spread(x, scales, factors, (1, 1, 1, 1, 2, 0))
+                    theirs = vae_fused.prepared_by_torch(x, used, factors, (1, 1, 1, 1, 2, 0))
+                    assert ours.shape == theirs.shape
+                    assert relative(ours, theirs) < near
+
+
+def test_the_fused_vae_is_as_near_to_float32_as_the_librarys():
+    device = torch.device("cuda", 0)
+    torch.manual_seed(0)
+    with device:
+        library = AutoencoderKLHunyuanVideo(block_out_channels=(32, 64, 96, 96), norm_num_groups=8).eval()
+    fused = copy.deepcopy(library).half()
+    vae_fused.fuse_convolutions(fused)
+    pixels = torch.rand(2, 3, 9, 48, 64, device=device) * 2 - 1
+    latents = torch.randn(1, 16, 3, 9, 11, device=device)
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        for of, x in (("encoder", pixels), ("decoder", latents)):
+            exact = getattr(library, of)(x)
+            ours = getattr(fused, of)(x.half())
+            theirs = getattr(copy.deepcopy(library).half(), of)(x.half())
+            assert relative(ours, exact) < 1.2 * relative(theirs, exact)

@@ -37,7 +37,7 @@ from builder.demo.scene import FRAME_SIZES, draw_meaning, photograph_scene, trai
 from builder.demo.transformer import make_transformer, save_transformer, train_transformer
 from builder.demo.world import render_batch
 from diffusers_helper.transformer import FramePackTransformer
-from diffusers_helper.vae import attend_framewise
+from diffusers_helper.vae_fused import fuse_convolutions
 
 TRAINED = ("encoders", "vae", "transformer")
 MINUTES = 25.0  # with the encoders' one and a half and all that is written, 27 on one H100
@@ -137,7 +137,7 @@ def train(
         with record.part(f"clips{nth}") as numbers:
             half = torch.float16 if device.type == "cuda" else torch.float32
             vae = AutoencoderKLHunyuanVideo.from_pretrained(folder / "hunyuan" / "vae", torch_dtype=half)
-            attend_framewise(vae)
+            fuse_convolutions(vae)
             bank = ClipBank(vae.to(device).eval(), Encoders(folder, device), seed)
             drawn = ahead(bank_batch, f"clips {seed}", device)
             for _, batch_of_clips in zip(courses.clips, drawn, strict=False):

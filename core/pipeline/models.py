@@ -34,7 +34,7 @@ from diffusers_helper.lora import Merge, Updates
 from diffusers_helper.text import PromptEncoder, template_crop
 from diffusers_helper.transformer import FramePackTransformer
 from diffusers_helper.upload import move_to_gpu
-from diffusers_helper.vae import attend_framewise
+from diffusers_helper.vae_fused import fuse_convolutions
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Models:
         self.text_encoder = load_weights(PromptEncoder, hunyuan / "text_encoder", dtype=half)
         self.text_encoder_2 = load_weights(CLIPTextModel, hunyuan / "text_encoder_2", dtype=half)
         self.vae = load_weights(AutoencoderKLHunyuanVideo, hunyuan / "vae", torch_dtype=half)
-        attend_framewise(self.vae)
+        fuse_convolutions(self.vae)
         self.image_encoder = load_weights(SiglipVisionModel, redux / "image_encoder", dtype=half)
         self.direction: Direction = profile.direction
         self._magnitudes: WeakKeyDictionary[nn.Module, Curves] = WeakKeyDictionary()
