@@ -100,7 +100,7 @@ def _prepared(
     x: torch.Tensor, norm: nn.GroupNorm | None, factors: tuple[int, int, int], padding: tuple[int, ...]
 ) -> torch.Tensor:
     """A convolution's input: `x` normalised and activated, repeated, its edges repeated by `padding`."""
-    if x.is_cuda and _kernels_work(x.device):
+    if kernels_work(x.device):
         scales = None if norm is None else vae_kernels.scales_and_shifts(x, norm)
         return vae_kernels.spread(x, scales, factors, padding)
     return prepared_by_torch(x, norm, factors, padding)
@@ -118,9 +118,9 @@ def prepared_by_torch(
 
 
 @cache
-def _kernels_work(device: torch.device) -> bool:
+def kernels_work(device: torch.device) -> bool:
     """By trying them: Triton compiles for the device, with a C compiler of the system."""
-    if vae_kernels is None:
+    if vae_kernels is None or device.type != "cuda":
         return False
     try:
         x = torch.zeros(1, 16, 2, 2, 2, device=device, dtype=torch.half)

@@ -73,9 +73,9 @@ def _vae_bytes(models: Models, height: int, width: int, frames: int) -> int:
     vae = models.vae
     pixels = 3 * height * width * frames * vae.dtype.itemsize
     if models.device.type == "cpu":
-        return int(CPU_SHARE * decode_bytes(vae, height, width)) + pixels
+        return int(CPU_SHARE * decode_bytes(models, height, width)) + pixels
     tile = min(height, vae.tile_sample_min_height), min(width, vae.tile_sample_min_width)
-    return memory.weight_bytes(vae) + decode_bytes(vae, *tile) + pixels
+    return memory.weight_bytes(vae) + decode_bytes(models, *tile) + pixels
 
 
 def available_memory() -> float:

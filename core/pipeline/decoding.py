@@ -12,6 +12,7 @@ from core.pipeline.sections import SectionPlan
 from core.timing import JobTimer
 from diffusers_helper.blending import SectionJoiner, from_uint8
 from diffusers_helper.vae import DecodedTiles, decode_latents
+from diffusers_helper.vae_fused import kernels_work
 
 
 class VideoDecoder:
@@ -68,16 +69,19 @@ class VideoDecoder:
 
 def fits_untiled(models: Models, height: int, width: int) -> bool:
     """Whether the GPU has memory to decode such a frame as a whole, or to encode it, which takes less."""
-    return models.device.type == "cpu" or models.has_gpu_memory(decode_bytes(models.vae, height, width))
+    return models.device.type == "cpu" or models.has_gpu_memory(decode_bytes(models, height, width))
 
 
-def decode_bytes(vae, height: int, width: int) -> int:
+def decode_bytes(models: Models, height: int, width: int) -> int:
     """Memory that decoding a frame, or a tile, of so many pixels takes at its peak, measured and scaled.
 
     The VAE decodes `tile_sample_min_num_frames` frames at a time, so length hardly matters.
     """
-    frames = vae.tile_sample_min_num_frames + 1
-    return int(UNTILED_PEAK * height * width * frames * vae.config.block_out_channels[0] * vae.dtype.itemsize)
+    vae = models.vae
+    activation = height * width * (vae.tile_sample_min_num_frames + 1) * vae.config.block_out_channels[0]
+    alive = FUSED_PEAK if kernels_work(models.device) else UNTILED_PEAK
+    return int(alive * activation * vae.dtype.itemsize)
 
 
-UNTILED_PEAK = 14.0  # activations alive at once; 13.3 were measured at 608×640 (21.0 GB)
+# activations alive at once; 13.3 were measured at 608×640 (21.0 GB), and 6.1 where all is fused (9.7 GB)
+UNTILED_PEAK, FUSED_PEAK = 14.0, 6.5

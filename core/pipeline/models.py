@@ -34,13 +34,14 @@ from diffusers_helper.lora import Merge, Updates
 from diffusers_helper.text import PromptEncoder, template_crop
 from diffusers_helper.transformer import FramePackTransformer
 from diffusers_helper.upload import move_to_gpu
-from diffusers_helper.vae_fused import fuse_convolutions
+from diffusers_helper.vae_fused import fuse_convolutions, kernels_work
 
 log = logging.getLogger(__name__)
 
 MODULES = ("text_encoder", "text_encoder_2", "image_encoder", "vae", "transformer")
 STREAMED = ("text_encoder", "transformer")  # too large to move as a whole onto a small card
-RESIDENT_HEADROOM_GB = 22.0  # the untiled VAE decode, the largest user besides weights
+# the untiled VAE decode at 640×608, the largest user besides weights; and where it is fused
+RESIDENT_HEADROOM_GB, FUSED_HEADROOM_GB = 22.0, 11.0
 ENCODER_HEADROOM_GB = 1.5  # activations of the text encoders for a few hundred tokens, and cuBLAS
 HOST_HEADROOM_GB = 12.0  # a job's frames (4.2 GB for two minutes at 640), LoRAs, ffmpeg, and room to spare
 
@@ -261,10 +262,15 @@ class Models:
         """All that are loaded and have weights."""
         return [module for name in MODULES if (module := getattr(self, name)) is not None]
 
+    @property
+    def _headroom(self) -> float:
+        """Bytes of the GPU's memory that resident models leave to a job."""
+        return (FUSED_HEADROOM_GB if kernels_work(self.device) else RESIDENT_HEADROOM_GB) * memory.GB
+
     def _fitting_mode(self) -> str:
         if self.device.type == "cpu":
             return "resident"
-        needed = sum(map(memory.weight_bytes, self.modules())) + RESIDENT_HEADROOM_GB * memory.GB
+        needed = sum(map(memory.weight_bytes, self.modules())) + self._headroom
         if self._settings.precision == "fp8":
             needed -= fp8.saved_bytes(self.transformer)
         return "resident" if memory.free_gpu_memory(self.device) >= needed else "swap"
@@ -323,7 +329,7 @@ class Models:
             return False
         needed = memory.weight_bytes(self.transformer)
         if self.device.type == "cuda" and self.memory_mode == "resident":
-            return memory.free_gpu_memory(self.device) >= needed + RESIDENT_HEADROOM_GB * memory.GB
+            return memory.free_gpu_memory(self.device) >= needed + self._headroom
         return self._host_can_keep(needed)
 
     def _drop_idle(self, count: int | None = None) -> None:
