@@ -26,9 +26,9 @@ from benchmarks.full_size_models import SIGLIP_SO400M, framepack_transformer, wi
 from benchmarks.official import official_transformer, sharing_weights, twin_transformer
 from core.pipeline.loading import load_transformer
 from core.settings import ATTENTION
-from diffusers_helper import fp8
-from diffusers_helper.attention import kernels_for
+from diffusers_helper import float8_attention, fp8
 from diffusers_helper.compiled import compile_blocks
+from diffusers_helper.float8_attention import attend_by
 from diffusers_helper.transformer import FramePackTransformer, PackedHistory
 
 Call = Callable[[], torch.Tensor]
@@ -58,6 +58,10 @@ def ways(model: FramePackTransformer, official: type[nn.Module] | None, window: 
     fp8.multiply_in_fp8(quantised, device.type == "cpu" or fp8.can_multiply(device))
     models = {"ours": model, "ours, compiled": sharing_weights(model), "fp8": quantised}
     models["fp8, compiled"] = sharing_weights(quantised)
+    if device.type == "cpu" or float8_attention.works(device, model.config.attention_head_dim):
+        for name in ("fp8, attention too", "fp8, attention too, compiled"):
+            models[name] = sharing_weights(quantised)
+            float8_attention.in_float8(models[name], device)
     for name, variant in models.items():
         if name.endswith("compiled"):
             compile_blocks(variant)
@@ -155,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = with_random_weights(framepack_transformer, dtype, device)
         model.__class__ = FramePackTransformer
     model.requires_grad_(False).eval().output_in_float32()
-    model.kernels = kernels_for(options.attention, device, dtype, model.config.attention_head_dim)
+    attend_by(model, options.attention, device, dtype)
     official = official_transformer(options.official) if options.official else None
     found = measure(model, official, options.window, options.rounds)
     beside = next((way.seconds for way in found if way.name == "official"), None)

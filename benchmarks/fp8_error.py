@@ -1,10 +1,11 @@
-"""What float8 linear layers cost in precision, beside bfloat16: relative errors against float32.
+"""What float8 costs in precision, beside bfloat16: relative errors against float32.
 
     python -m benchmarks.fp8_error [TRANSFORMER_FOLDER …]
 
 One layer of each of FramePack's sizes on normal random numbers, then one forward of each model given: its
-float32 weights in bf16, in bf16 with fp8 weights, and with fp8 products. On a GPU if there is one; products
-it has not are left out, and on a CPU they are torch's reference. Inputs are numbers that bf16 has.
+float32 weights in bf16, attending in fp8, with fp8 weights, with fp8 products, and with all of it. On a GPU
+if there is one; what it cannot do is left out, and on a CPU it is a reference. Inputs are numbers that bf16
+has.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from core.pipeline.loading import load_transformer
-from diffusers_helper import fp8
+from diffusers_helper import float8_attention, fp8
 from diffusers_helper.transformer import FramePackTransformer, PackedHistory
 
 SIZES = {"q, k, v, attention's out": (3072, 3072), "MLP, in": (3072, 12288), "MLP, out": (12288, 3072)}
@@ -28,11 +29,21 @@ def variants(model: nn.Module, device: torch.device) -> Iterator[tuple[str, nn.M
     """`model`, in float32 on the CPU, in each precision; its layers must be named as the transformer's."""
     half = copy.deepcopy(model).bfloat16()
     yield "bf16", half.to(device)
+    attends = isinstance(model, FramePackTransformer) and (
+        device.type == "cpu" or float8_attention.works(device, model.config.attention_head_dim)
+    )
+    if attends:
+        attending = copy.deepcopy(half)
+        float8_attention.in_float8(attending, device)
+        yield "fp8 attention", attending
     fp8.quantise_linears(half, device, device)
     yield "fp8 weights", half
     if device.type == "cpu" or fp8.can_multiply(device):
         fp8.multiply_in_fp8(half, True)
         yield "fp8", half
+        if attends:
+            float8_attention.in_float8(half, device)
+            yield "both", half
 
 
 def layer_errors(inputs: int, outputs: int, device: torch.device) -> dict[str, float]:

@@ -48,6 +48,7 @@ from core.request import VideoRequest, parse_request
 from core.settings import Settings
 from core.timing import JobTimer
 from core.weights.profiles import DEMO_MODELS, Direction
+from diffusers_helper import float8_attention, fp8
 from diffusers_helper.blending import to_uint8
 from diffusers_helper.vae import decode_latents
 
@@ -288,6 +289,7 @@ class Choice:
     tiled: bool = False
     transformer: torch.dtype | None = None  # None: the worker's own on this device
     vae: torch.dtype | None = None
+    float8: tuple[str, ...] = ()  # of the transformer: its linear layers, its attention
 
     @contextmanager
     def made(self, models: Models) -> Iterator[None]:
@@ -296,9 +298,10 @@ class Choice:
         with mock.patch.multiple(models.vae, **TILES):
             try:
                 _compute_in(models, self.transformer or usual[0], self.vae or usual[1])
+                _put_into_float8(models, self.float8)
                 yield
             finally:
-                _compute_in(models, *usual)
+                _compute_in(models, *usual, anew=bool(self.float8))
 
 
 # kind and order of extrapolation (a + for each) → thresholds; the kind's default is among them
@@ -334,12 +337,23 @@ def choices(device: torch.device) -> list[Choice]:
             Choice("transformer float32", transformer=torch.float32),
             Choice("transformer float16", transformer=torch.float16),
             Choice("VAE float32", vae=torch.float32),
+            Choice("fp8", float8=("linears",)),
+            Choice("fp8 attention", float8=("attention",)),
+            Choice("fp8 both", float8=("linears", "attention")),
         ]
     return offered
 
 
-def _compute_in(models: Models, transformer: torch.dtype, vae: torch.dtype) -> None:
-    if transformer != models.transformer_dtype:
+def _put_into_float8(models: Models, parts: tuple[str, ...]) -> None:
+    if "linears" in parts:
+        fp8.quantise_linears(models.transformer, models.device, models.device)
+        fp8.multiply_in_fp8(models.transformer, True)
+    if "attention" in parts:
+        float8_attention.in_float8(models.transformer, models.device)
+
+
+def _compute_in(models: Models, transformer: torch.dtype, vae: torch.dtype, anew: bool = False) -> None:
+    if anew or transformer != models.transformer_dtype:
         models.drop_transformers()
         models.transformer_dtype = transformer
         models.use_direction(models.direction)  # loads it anew: a weight once rounded stays so

@@ -12,7 +12,7 @@ from core.errors import SettingsError
 MEMORY_MODES = ("auto", "resident", "swap")
 PRECISIONS = ("bf16", "fp8")
 COMPILE = ("off", "on")
-ATTENTION = ("auto", "cudnn", "flash", "efficient", "math")
+ATTENTION = ("auto", "cudnn", "flash", "efficient", "math", "fp8")
 PROFILES = ("framepack", "framepack-f1", "demo")
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -25,7 +25,7 @@ class Settings:
     memory_mode: str = "auto"  # MEMORY_MODE: auto | resident | swap
     precision: str = "bf16"  # PRECISION: bf16 | fp8, the transformer's; a checkpoint in fp8 is used as it is
     compile: str = "off"  # COMPILE: off | on, the transformer's blocks, with torch.compile
-    attention: str = "auto"  # ATTENTION: auto | cudnn | flash | efficient | math, the transformer's kernel
+    attention: str = "auto"  # ATTENTION: auto | cudnn | flash | efficient | math | fp8, the transformer's
     compile_cache_dir: str | None = None  # COMPILE_CACHE_DIR; unset: compiled/ on the volume, or not kept
     keep_both_models: bool = True  # KEEP_BOTH_MODELS: I2V and F1, once both were used, where memory allows
     framepack_model: str | None = None  # FRAMEPACK_MODEL: the I2V transformer, at the root

@@ -44,12 +44,12 @@ def kernels_for(asked: str, device: torch.device, dtype: torch.dtype, head_dim: 
 def attending_by(kernels: Sequence[str]) -> Iterator[None]:
     """Inside the block attention takes the first of these that can do it, also while a graph is made of it.
 
-    Without any it is as torch has it.
+    Without any it is as torch has it. Names of what is not left to torch are passed over.
     """
     if not kernels:
         yield
         return
-    with sdpa_kernel([KERNELS[name] for name in kernels], set_priority=True):
+    with sdpa_kernel([KERNELS[name] for name in kernels if name in KERNELS], set_priority=True):
         yield
 
 

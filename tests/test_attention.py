@@ -15,6 +15,7 @@ from core.request import parse_request
 from core.settings import ATTENTION, Settings
 from diffusers_helper import attention
 from diffusers_helper.attention import KERNELS, kernels_for
+from diffusers_helper.float8_attention import FLOAT8
 from tests.test_endurance import quick_input
 from tests.tiny import TINY
 
@@ -31,7 +32,7 @@ def preferred() -> list[SDPBackend]:
 
 
 def test_the_setting_names_all_kernels():
-    assert ("auto", *KERNELS) == ATTENTION
+    assert ("auto", *KERNELS, FLOAT8) == ATTENTION
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_another_kernel_gives_the_same_video_but_for_rounding(tiny_models, pictu
     assert (ours - expected).norm() < 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("asked", ["cudnn", "efficient"])
+@pytest.mark.parametrize("asked", ["cudnn", "efficient", FLOAT8])
 def test_what_the_device_cannot_do_is_a_warning(asked):
     reply = run_job(quick_input(steps=1), start(attention=asked), Settings())
     (warning,) = reply["warnings"]

@@ -17,7 +17,7 @@ from core.pipeline.loading import load_transformer
 from core.pipeline.loras import ChosenLora
 from core.request import VideoRequest, parse_request
 from core.weights.profiles import load_profile
-from diffusers_helper import fp8, memory, upload, vae_fused
+from diffusers_helper import float8_attention, fp8, memory, upload, vae_fused
 from diffusers_helper.attention import KERNELS, kernels_for
 from diffusers_helper.lora import parse_lora
 from tests.lora_formats import kohya, originals
@@ -262,3 +262,16 @@ def test_the_fused_vae_is_as_near_to_float32_as_the_librarys():
             ours = getattr(fused, of)(x.half())
             theirs = getattr(copy.deepcopy(library).half(), of)(x.half())
             assert relative(ours, exact) < 1.2 * relative(theirs, exact)
+
+
+def test_float8_attention_is_what_a_cpu_computes_step_by_step():
+    device = torch.device("cuda", 0)
+    if not float8_attention.works(device, 128):
+        pytest.skip("no float8 attention by cuDNN")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = ((30 * torch.randn(1, 333, 4, 128, generator=generator)).to(fp8.FP8) for _ in range(3))
+    scales = [torch.full((1, 1, 1, 1), value) for value in (1 / 30, 1 / 30, 1 / 30, 60.0)]
+    expected = float8_attention.attend_in_float8(q, k, v, *scales).float()
+    given = [x.to(device) for x in (q, k, v, *scales)]
+    found = float8_attention.attend_in_float8(*given).float().cpu()
+    assert relative(found, expected) < 0.03  # the sums' order, before the result is rounded to 3 bits

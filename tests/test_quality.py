@@ -226,8 +226,9 @@ class TestFigures:
 
     def test_on_a_cpu_no_other_precision_is_offered(self):
         names, with_gpu = ([c.name for c in quality.choices(torch.device(of))] for of in ("cpu", "cuda"))
-        assert names[0] == "exact" and not any("float" in name for name in names)
-        assert {*with_gpu} - {*names} == {"transformer float32", "transformer float16", "VAE float32"}
+        others = {"transformer float32", "transformer float16", "VAE float32", "fp8", "fp8 attention"}
+        assert names[0] == "exact" and not {*names} & others
+        assert {*with_gpu} - {*names} == others | {"fp8 both"}
 
 
 class TestReport:

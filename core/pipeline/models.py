@@ -27,8 +27,8 @@ from core.settings import Settings
 from core.weights import files
 from core.weights.profiles import Direction, ModelProfile, Source
 from diffusers_helper import fp8, memory
-from diffusers_helper.attention import kernels_for
 from diffusers_helper.compiled import compile_blocks, is_compiled, uncompile_blocks
+from diffusers_helper.float8_attention import attend_by
 from diffusers_helper.host_memory import free_host_memory
 from diffusers_helper.lora import Merge, Updates
 from diffusers_helper.text import PromptEncoder, template_crop
@@ -349,8 +349,7 @@ class Models:
         """As its files have it, on the CPU."""
         model = load_transformer(folder, self.transformer_dtype)
         model.output_in_float32()
-        head_dim = model.config.attention_head_dim
-        model.kernels = kernels_for(self._settings.attention, self.device, self.transformer_dtype, head_dim)
+        attend_by(model, self._settings.attention, self.device, self.transformer_dtype)
         self._magnitudes[model] = curves_of(folder, model.config)
         return model
 
