@@ -465,4 +465,7 @@ def _version(library: str) -> str | None:
 
 
 def _gpu_wait(device: torch.device) -> Callable[[], None]:
-    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    """For what the calling thread has the GPU do: a section may be decoded beside the next one's steps."""
+    if device.type == "cpu":
+        return lambda: None
+    return lambda: torch.cuda.current_stream(device).synchronize()

@@ -53,15 +53,16 @@ class JobTimer:
             self._on_stage(name, seconds)
 
     @contextmanager
-    def section_span(self, name: str) -> Iterator[None]:
-        """As `span`, for the newest section."""
-        started = self._now()
+    def section_span(self, name: str, number: int | None = None) -> Iterator[None]:
+        """As `span`, for the section of this number, 1 …; without one the newest."""
+        number = number or len(self.sections)
+        section, started = self.sections[number - 1], self._now()
         try:
             yield
         finally:
             seconds = self._now() - started
-            self.sections[-1][name] = round(seconds, 4)
-            self._on_stage(f"section {len(self.sections)} {name}", seconds)
+            section[name] = round(seconds, 4)
+            self._on_stage(f"section {number} {name}", seconds)
 
     def start_section(self) -> None:
         self.sections.append({})

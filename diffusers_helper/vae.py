@@ -93,7 +93,8 @@ def _calls(coder: nn.Module, device: torch.device, check: Callable[[], None]) ->
 
     def stop_or_go_on(*_: object) -> None:
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # else all calls are queued before the first has run
+            # else all calls are queued before the first has run
+            torch.cuda.current_stream(device).synchronize()
         check()
 
     hook = coder.register_forward_pre_hook(stop_or_go_on)

@@ -18,7 +18,7 @@ import ssl
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -298,7 +298,8 @@ def models(monkeypatch) -> SimpleNamespace:
         return 25
 
     frame = torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8)
-    decoder = SimpleNamespace(sections=1, tiled=False, clips=lambda: [frame])
+    decoder = nullcontext()
+    vars(decoder).update(sections=1, tiled=False, clips=lambda: [frame])
     monkeypatch.setattr("core.pipeline.encode_conditioning", conditioning)
     monkeypatch.setattr("core.pipeline.check_capacity", lambda *_: None)
     monkeypatch.setattr("core.pipeline.sample_sections", lambda *_, **__: [])

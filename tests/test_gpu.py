@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo
 
 from benchmarks import full_size
-from core.pipeline import Models, generate_video_sync
+from core.pipeline import Models, decoding, generate_video_sync
 from core.pipeline.compiling import warm_up
 from core.pipeline.loading import load_transformer
 from core.pipeline.loras import ChosenLora
@@ -275,3 +275,13 @@ def test_float8_attention_is_what_a_cpu_computes_step_by_step():
     given = [x.to(device) for x in (q, k, v, *scales)]
     found = float8_attention.attend_in_float8(*given).float().cpu()
     assert relative(found, expected) < 0.03  # the sums' order, before the result is rounded to 3 bits
+
+
+def test_decoded_beside_the_steps_it_is_the_same_video(models, tmp_path, monkeypatch):
+    models.set_memory_mode("resident")
+    request = REQUEST.model_copy(update={"total_second_length": 3.6})
+    latents, video = generate(models, tmp_path, request)
+    monkeypatch.setattr(decoding, "decodes_beside", lambda models: False)
+    expected_latents, expected_video = generate(models, tmp_path, request)
+    assert torch.equal(latents, expected_latents)
+    assert video == expected_video

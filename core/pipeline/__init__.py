@@ -123,6 +123,7 @@ def generate_video_sync(
         report(replace(now, seconds_left=pace.left(now.steps_done)) if section else now)
 
     def on_step(section: Section, step: int, x0: torch.Tensor) -> None:
+        decoder.look()
         stage("sample", section.index + 1, step, preview=preview_of(x0))
 
     resolution = resolution_of(request, models.profile)
@@ -157,12 +158,13 @@ def generate_video_sync(
     try:
         stage("sample", section=1)
         job = models, plan, conditioning, request, seed, timer, on_step, preserved_gb
-        for sampled in sample_one_frame(*job) if request.one_frame else sample_sections(*job, resumed):
-            on_section(sampled)
-            if recorder:
-                recorder.add(sampled.latents, sampled.generator_state)
-            stage("decode", sampled.section.index + 1, request.steps, preview=preview_of(sampled.latents))
-            decoder.add(sampled.to_decode, check)
+        with decoder:
+            for sampled in sample_one_frame(*job) if request.one_frame else sample_sections(*job, resumed):
+                on_section(sampled)
+                if recorder:
+                    recorder.add(sampled.latents, sampled.generator_state)
+                stage("decode", sampled.section.index + 1, request.steps, preview=preview_of(sampled.latents))
+                decoder.add(sampled.to_decode, check)
     except TimeLimitError as error:
         if not (request.partial and decoder.sections):
             raise _with_sections(error, decoder.sections, plan) from None

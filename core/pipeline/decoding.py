@@ -1,7 +1,12 @@
 """Section latents → pixels, joined into one video."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -10,6 +15,7 @@ from core.pipeline.clips import ClipStore
 from core.pipeline.models import Models
 from core.pipeline.sections import SectionPlan
 from core.timing import JobTimer
+from diffusers_helper import memory
 from diffusers_helper.blending import SectionJoiner, from_uint8
 from diffusers_helper.vae import DecodedTiles, decode_latents
 from diffusers_helper.vae_fused import kernels_work
@@ -18,8 +24,10 @@ from diffusers_helper.vae_fused import kernels_work
 class VideoDecoder:
     """Decodes sections as they come and joins them at the end that grows; long videos wait in `folder`.
 
-    `tiled` is set as soon as one decode had to be split into spatial tiles for lack of memory; tiles are
-    blended at their seams, so such a video differs slightly from an untiled one.
+    Used as a context, a GPU on which the models are resident decodes a section beside the next one's steps,
+    in a thread and a stream of its own. What goes wrong there is raised by the next call, or at the
+    context's end. `tiled` is set as soon as one decode had to be split into spatial tiles for lack of memory;
+    tiles are blended at their seams, so such a video differs slightly from an untiled one.
     """
 
     def __init__(
@@ -42,18 +50,58 @@ class VideoDecoder:
         self._joiner = SectionJoiner(plan.overlap, self._store.hold, begun)
         self.tiled = False
         self.sections = 0  # how many are in
+        self._thread: ThreadPoolExecutor | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> "VideoDecoder":
+        if decodes_beside(self._models):
+            self._thread = ThreadPoolExecutor(1, "decode")
+            if self._models.device.type == "cuda":
+                self._stream = torch.cuda.Stream(self._models.device)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Wait for what is under way; where another error is on its way, that one counts."""
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            if self._thread:
+                self._thread.shutdown()
 
     def add(self, latents: torch.Tensor, check: Callable[[], None] = lambda: None) -> None:
         """Decode (1, 16, T, h, w), the newest latent frames, and blend them on.
 
         `check` runs now and then and may raise to stop; what was added before stays whole.
         """
+        self._finish()
         models = self._models
-        with self._timer.section_span("decode"), models.on_device("vae"):
-            *_, height, width = latents.shape
-            scale = models.vae.spatial_compression_ratio
-            tiled = self._force_tiling or not fits_untiled(models, height * scale, width * scale)
-            self.tiled |= tiled
+        height, width = (side * models.vae.spatial_compression_ratio for side in latents.shape[-2:])
+        tiled = self._force_tiling or not fits_untiled(models, height, width)
+        self.tiled |= tiled
+        decode = partial(self._decode, latents, len(self._timer.sections), tiled, check)
+        if self._thread and _has_room_beside(models, height, width):
+            self._pending = self._thread.submit(
+                copy_context().run, decode
+            )  # the log has the job's id there, too
+        else:
+            decode()
+
+    def look(self) -> None:
+        """Raise what a decode beside the steps has already failed by."""
+        if self._pending and self._pending.done():
+            self._finish()
+
+    def _finish(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
+
+    def _decode(self, latents: torch.Tensor, number: int, tiled: bool, check: Callable[[], None]) -> None:
+        models = self._models
+        stream = torch.cuda.stream(self._stream) if self._stream else nullcontext()
+        with stream, self._timer.section_span("decode", number), models.on_device("vae"):
             with self._tiles.used_by(models.vae):
                 pixels = decode_latents(latents, models.vae, models.device, tiled, check)
             if self._prepends:
@@ -67,9 +115,20 @@ class VideoDecoder:
         return self._joiner.clips(prepended=self._prepends)
 
 
+def decodes_beside(models: Models) -> bool:
+    """Whether sections are decoded beside steps: where no model has to come and go for it."""
+    return models.device.type == "cuda" and models.memory_mode == "resident"
+
+
 def fits_untiled(models: Models, height: int, width: int) -> bool:
     """Whether the GPU has memory to decode such a frame as a whole, or to encode it, which takes less."""
     return models.device.type == "cpu" or models.has_gpu_memory(decode_bytes(models, height, width))
+
+
+def _has_room_beside(models: Models, height: int, width: int) -> bool:
+    """Whether a decode's memory is free twice over, as the other's stays for steps, which take less."""
+    needed = 2 * decode_bytes(models, height, width)
+    return models.device.type == "cpu" or memory.free_gpu_memory(models.device) >= needed
 
 
 def decode_bytes(models: Models, height: int, width: int) -> int:
