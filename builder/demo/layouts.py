@@ -26,6 +26,7 @@ Part = Literal["short", "whole", "late"]
 PARTS: tuple[Part, ...] = ("short", "whole", "late")
 
 F1_SHARE = 0.4  # of the samples
+FIRST_SHARE = 0.4  # at least, of I2V's: the section sampled first, which knows the start image alone
 LENGTHS = (0.25, 0.25, 0.5)  # how often a whole clip serves as a video of two, three and four sections
 
 
@@ -57,6 +58,8 @@ class Cut:
             return cls(direction, sections[1], window, last - window)
         count = 1 if part == "short" else rng.choices(range(2, SECTIONS + 1), LENGTHS)[0]
         at = rng.randrange(count)  # in the video's order
+        if direction == "i2v" and rng.random() < FIRST_SHARE:
+            at = count - 1
         if direction == "f1":
             return cls(direction, sections[at], at, at)
         return cls(direction, sections[last - at], at, count - 1 - at)
