@@ -1,7 +1,8 @@
 """`python -m core.reproduce FILE`: the request that a video was made from, as JSON, out of the video itself.
 
-Images are not in the file. `input_image`, `end_image` and `input_video` name them by their SHA-256; `--image
-PATH` puts that file in the place of the same one. Anything wrong is one line, and exit status 1.
+Images are not in the file. `input_image`, `end_image`, `input_video` and the `sections`' images name them by
+their SHA-256; `--image PATH` puts that file in the place of the same one. Anything wrong is one line, and
+exit status 1.
 """
 
 import argparse
@@ -19,17 +20,21 @@ from core.extension import MAX_BYTES  # of a request's files the video's is the 
 def request_of(path: Path, images: Sequence[Path] = ()) -> dict:
     """`{"input": {…}}`, as a worker takes it. Raises NoParametersError."""
     found = read_embedded(path)
-    filled = {name: f"sha256:{digest}" for name, digest in found["images"].items()}
+    names = {name: f"sha256:{digest}" for name, digest in found["images"].items()}
+    request = names | found["parameters"]
+    places = [(request, name) for name in names]
+    places += [(section, "image") for section in request.get("sections", []) if section.get("image")]
     for image in images:
         data = _read(image)
-        digest = hashlib.sha256(data).hexdigest()
-        fields = [name for name, wanted in found["images"].items() if wanted == digest]
-        if not fields:
+        name = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        wanted = [(fields, field) for fields, field in places if fields[field] == name]
+        if not wanted:
             raise NoParametersError(
-                f"{image} is no image that the file was made from (its SHA-256 is {digest})."
+                f"{image} is no image that the file was made from (its SHA-256 is {name[7:]})."
             )
-        filled |= dict.fromkeys(fields, base64.b64encode(data).decode("ascii"))
-    return {"input": filled | found["parameters"]}
+        for fields, field in wanted:
+            fields[field] = base64.b64encode(data).decode("ascii")
+    return {"input": request}
 
 
 def _read(image: Path) -> bytes:

@@ -339,6 +339,28 @@ class TestReproduce:
         request = parse_request(job["input"])
         assert (request.seed, request.prompt) == (7, ODD_PROMPT[:400])
 
+    def test_fills_in_the_images_of_sections(self, tmp_path, clip):
+        files = {name: name.encode() for name in ("start", "later")}
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        for name, data in files.items():
+            (tmp_path / name).write_bytes(data)
+        places = [("later", 0.0), (None, 0.4), ("start", 0.8)]
+        sections = [
+            {"start_s": start, "end_s": start + 0.4, "image": f"sha256:{digests[name]}" if name else None}
+            for name, start in places
+        ]
+        text = embedded({"prompt": "x", "sections": sections}, "demo", {"input_image": digests["start"]})
+        folder = tmp_path / "made"
+        folder.mkdir()
+        made = written(folder, clip, parameters=text)
+        job = json.loads(self.run(made, "--image", tmp_path / "start").stdout)["input"]
+        images = [section["image"] for section in job["sections"]]
+        assert images == [f"sha256:{digests['later']}", None, base64.b64encode(b"start").decode()]
+        assert base64.b64decode(job["input_image"]) == b"start"
+        both = ("--image", tmp_path / "start", "--image", tmp_path / "later")
+        job = json.loads(self.run(made, *both).stdout)["input"]
+        assert base64.b64decode(job["sections"][0]["image"]) == b"later"
+
     def test_refuses_another_image(self, tmp_path, made):
         (tmp_path / "image.png").write_bytes(b"another")
         assert "is no image that" in self.run(made, "--image", tmp_path / "image.png").stderr

@@ -18,10 +18,8 @@ from diffusers_helper.vae import ImagePosterior
 if TYPE_CHECKING:
     from core.input_video import SourceVideo
 
-# The VAE's draw has its own generator, seeded beyond every job's seed, so that the noise is the official one.
-VAE_SEED_OFFSET = 2**32
-# The end image's draw has another, so that the start latent is the same with and without. Not by an offset:
-# torch's CPU generator reads only the low 32 bits of its seed.
+# Each draw has a generator of its own, so that the sections' noise is the official one: the start's with
+# the job's seed, the end image's with another, so that the start latent is the same with and without.
 END_SEED_MASK = 0x9E3779B9
 SOURCE_SEED_MASK = 0x7F4A7C15  # a given video's, likewise
 
@@ -187,7 +185,7 @@ def encode_conditioning(
 
 
 def _start_seed(seed: int) -> int:
-    return VAE_SEED_OFFSET + seed
+    return seed
 
 
 def _end_seed(seed: int) -> int:
