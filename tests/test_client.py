@@ -695,7 +695,7 @@ def interrupted(
             if again is None:
                 endpoint.release()
             else:
-                wait_until(lambda: again in log.read_text())
+                wait_until(lambda: again in log.read_text() and endpoint.asked(endpoint.held))
                 process.send_signal(signal.SIGINT)
             process.wait(TIMEOUT_S)
         finally:
