@@ -13,7 +13,15 @@ from client.files import named_after
 from client.interrupt import HeldInterrupt
 from client.options import check_options, default_output, parse_options
 from client.request import build_request
-from client.saving import Download, check_destination, places, save_jpeg, save_video, videos_of
+from client.saving import (
+    Download,
+    check_destination,
+    places,
+    save_jpeg,
+    save_latents,
+    save_video,
+    videos_of,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,8 +47,9 @@ def run(options: argparse.Namespace, display: Display) -> dict:
     """A job from the command line to its saved video; the reply without the video. Raises ClientError."""
     path = options.output or default_output(options)
     if not options.detach:
-        for place in places(path, options.num_outputs or 1):
-            check_destination(place, options.force)
+        for file in filter(None, (path, options.latents_file)):
+            for place in places(file, options.num_outputs or 1):
+                check_destination(place, options.force)
     if options.preview_file is not None:
         check_destination(options.preview_file, options.force)
     if options.local is not None:
@@ -95,29 +104,65 @@ def follow(endpoint: Endpoint, job_id: str, options: argparse.Namespace, display
 
 def deliver(job: Job, path: Path, options: argparse.Namespace, display: Display) -> dict:
     """Save a finished job's video. Raises JobError, TimedOutError, SaveError or CancelledError."""
-    check_completed(job)
-    download = Download(options.poll_interval, display.note, display.received, options.local is not None)
+    try:
+        check_completed(job)
+    except JobError:
+        try:
+            deliver_latents(job, options, display)
+        except SaveError as error:  # the job's own is the one to end with
+            display.note(str(error))
+        raise
     content_type = job.output.get("content_type") if isinstance(job.output, dict) else None
     if options.output is None:
         path = named_after(path, content_type)
     videos = videos_of(job.output, path)
+    download = downloading("video", options, display)
     try:
         for reply, place in videos:
             save_video(reply, content_type, place, options.force, download)
             if isinstance(poster := reply.get("poster_base64"), str):
                 beside = place.with_name(f"{place.stem}-poster.jpg")
                 save_jpeg(poster, beside, "The poster", options.force)
+        latents = deliver_latents(job, options, display)
     except KeyboardInterrupt:
         raise CancelledError("Interrupted; the job is done.", resumable=True) from None
     display.saved(videos, job)
     saved = [str(place) for _, place in videos]
     several = isinstance(job.output.get("outputs"), list)
-    return job.reply | {"output": without_files(job.output), "saved": saved if several else saved[0]}
+    told = {"output": without_files(job.output), "saved": saved if several else saved[0]}
+    if latents:
+        told["saved_latents"] = latents if several else latents[0]
+    return job.reply | told
+
+
+def deliver_latents(job: Job, options: argparse.Namespace, display: Display) -> list[str]:
+    """Save what a job, finished or not, returned for --latents. Raises SaveError."""
+    saved = []
+    if options.latents_file is None:
+        return saved
+    download = downloading("latents", options, display)
+    for reply, place in videos_of(job.output, options.latents_file):
+        if save_latents(reply, place, options.force, download):
+            saved.append(str(place))
+            display.note(f"Saved the latents {place}: {place.stat().st_size / 1e6:.2f} MB.")
+        elif isinstance(handle := reply.get("latents_handle"), str):
+            display.note(f"The latents are on the worker's volume: --resume-latents {handle}")
+        else:
+            display.note("The reply holds no latents.")
+    return saved
+
+
+def downloading(what: str, options: argparse.Namespace, display: Display) -> Download:
+    return Download(
+        what, options.poll_interval, display.note, display.received, allow_http=options.local is not None
+    )
 
 
 def without_files(output: dict) -> dict:
     """A reply without what would fill a screen."""
-    told = {name: value for name, value in output.items() if name not in ("video_base64", "poster_base64")}
+    told = {
+        name: value for name, value in output.items() if name != "preview" and not name.endswith("_base64")
+    }
     if isinstance(told.get("outputs"), list):
         told["outputs"] = [without_files(entry) for entry in told["outputs"] if isinstance(entry, dict)]
     return told
@@ -137,11 +182,10 @@ def check_completed(job: Job) -> None:
         job.reply.get("error") or output.get("error") or f"RunPod shows it as {job.status} and says no more."
     )
     code = output.get("code")
-    details = {name: value for name, value in output.items() if name != "preview"}
     raise JobError(
         error if isinstance(error, str) else json.dumps(error),
         code if isinstance(code, str) else job.status.lower(),
-        details,
+        without_files(output),
     )
 
 

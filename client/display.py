@@ -81,9 +81,9 @@ class Display:
         left = _number(progress.get("seconds_left"))
         self.stage(", ".join(words), percent, left if left is None or left >= 0 else None)
 
-    def received(self, done: int, total: int | None) -> None:
-        """Of the video's bytes."""
-        self.stage("downloading the video", 100 * done / total if total else None)
+    def received(self, what: str, done: int, total: int | None) -> None:
+        """Of its bytes."""
+        self.stage(f"downloading the {what}", 100 * done / total if total else None)
 
     def stage(self, text: str, percent: float | None = None, seconds_left: float | None = None) -> None:
         """What is going on now; a percent of None is not known."""

@@ -78,7 +78,7 @@ class WaitOverError(TimedOutError):
 
 
 class SaveError(ClientError):
-    """The job is done, but its video could not be fetched or written."""
+    """The job is done, but its video or latents could not be fetched or written."""
 
     exit_code = 6
     code = "not_saved"

@@ -1,5 +1,6 @@
 """The kinds of file a worker makes, and what a whole one of each has."""
 
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -38,6 +39,21 @@ def check_whole(file: BinaryIO, content_type: Any) -> None:
         ".png": _check_png,
     }
     checks[suffix_of(content_type)](file)
+
+
+def check_latents(file: BinaryIO) -> None:
+    """Raises SaveError unless the file is a safetensors file with the data of all its tensors."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")  # of the header; then comes the data
+    try:
+        header = json.loads(file.read(min(length, size)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        whole = 8 + length + max(ends)
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        raise SaveError("What came as the latents is not a safetensors file.") from None
+    if size != whole:
+        raise SaveError("The file of latents is cut short.")
 
 
 def _check_webm(file: BinaryIO) -> None:

@@ -25,7 +25,7 @@ exit codes:
     3  the API key is refused (HTTP 401 or 403)
     4  the endpoint cannot be reached, or it or the job is unknown (HTTP 404)
     5  timed out: RunPod's execution time-out, or --wait, after which the job goes on
-    6  the job is done, but its video could not be fetched or saved
+    6  the job is done, but its video or latents could not be fetched or saved
   130  cancelled by Ctrl-C, and the remote job with it; a second Ctrl-C quits at once
 
 RunPod keeps a result for 30 minutes: after 3, 4, 5 and 6, `--resume ID` may still get it.
@@ -62,7 +62,10 @@ FIELD_FLAGS = (
     ("--outputs", "num_outputs", int, "N", "videos with consecutive seeds, 1 to 4 (1)"),
     ("--timeout", "timeout_s", float, "S", "the worker's own limit for the job"),
 )
-FIELDS = (*(field for _, field, *_ in FIELD_FLAGS), "loras", "partial", "exact_length", "poster", "preview")
+FIELDS = (
+    *(field for _, field, *_ in FIELD_FLAGS),
+    *("loras", "partial", "exact_length", "poster", "preview", "return_latents"),
+)
 
 EXECUTION_TIMEOUT_S = (5, 7 * 24 * 3600)  # RunPod's bounds
 ENDPOINT_ID = re.compile(r"[\w-]{1,100}", re.ASCII)
@@ -74,9 +77,12 @@ def parse_options(
 ) -> argparse.Namespace:
     """Flags over environment. As argparse: exits with status 2 and the usage on what it cannot read."""
     options = _parser().parse_intermixed_args(arguments)
-    if (options.input_video or options.start) and options.prompt is None:  # then a single one is no IMAGE
+    begins = options.input_video or options.start or options.resume_latents
+    if begins and options.prompt is None:  # then a single one is no IMAGE
         options.image, options.prompt = None, options.image
-    options.preview = True if options.preview_file and options.resume is None else None
+    new = options.resume is None
+    options.preview = True if options.preview_file and new else None
+    options.return_latents = True if options.latents_file and new else None
     options.endpoint = (options.endpoint or env.get("RUNPOD_ENDPOINT_ID", "")).strip()
     options.api_key = (options.api_key or env.get("RUNPOD_API_KEY", "")).strip()
     options.api_url = (options.api_url or env.get("RUNPOD_API_URL") or RUNPOD_URL).rstrip("/")
@@ -89,7 +95,8 @@ def check_options(options: argparse.Namespace) -> None:
         _check_resume(options)
     elif options.input_json is None and options.prompt is None:
         raise UsageError(
-            "IMAGE and PROMPT are needed, or --start, or --input-video, or --input-json, or --resume."
+            "IMAGE and PROMPT are needed, or --start, --input-video, --resume-latents, --input-json "
+            "or --resume."
         )
     elif sum(given is not None for given in (options.image, options.start, options.input_video)) > 1:
         raise UsageError("--start and --input-video stand in place of IMAGE; only one must be given.")
@@ -129,6 +136,7 @@ def _check_resume(options: argparse.Namespace) -> None:
         options.image
         or options.end_image
         or options.input_video
+        or options.resume_latents
         or options.input_json
         or options.sections
         or options.set
@@ -192,6 +200,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--end-image", metavar="FILE", help="what the video ends with: a file or an https URL, as IMAGE")
     add(
+        "--resume-latents",
+        metavar="FILE",
+        help="go on from what --latents saved: a file, an https URL or a handle; IMAGE may be left out",
+    )
+    add(
         "--lora",
         dest="loras",
         action="append",
@@ -212,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("display").add_argument
     add("--preview", dest="preview_file", type=Path, metavar="FILE.jpg", help="keep the newest preview here")
+    add("--latents", dest="latents_file", type=Path, metavar="FILE", help="save the latents here, too")
     add("--json", action="store_true", help="print one JSON document on stdout: the reply without the video")
     add("--quiet", action="store_true", help="say nothing but errors")
     return parser

@@ -28,6 +28,12 @@ VIDEO = Kind(
     100_000_000,
     re.compile(rb".{4}(ftyp|moov|mdat|free|skip|wide)|\x1aE\xdf\xa3|GIF8", re.DOTALL),
 )
+LATENTS = Kind(
+    "a safetensors file",
+    4_000_000_000,  # of the longest video in the largest frame
+    re.compile(rb".{8}\{", re.DOTALL),
+)
+HANDLE = re.compile(r"[\w.-]+-[0-9a-f]{16}", re.ASCII)  # of latents on the worker's volume
 
 
 def build_request(options: argparse.Namespace) -> bytes:
@@ -40,6 +46,8 @@ def build_request(options: argparse.Namespace) -> bytes:
         fields["input_video"] = _inlined(options.input_video, "--input-video", VIDEO)
     if options.end_image is not None:
         fields["end_image"] = _inlined(options.end_image, "--end-image", IMAGE)
+    if options.resume_latents is not None:
+        fields["resume_latents"] = _latents(options.resume_latents)
     if options.sections is not None:
         fields["sections"] = _sections(options.sections)
     flags = {name: getattr(options, name) for name in ("prompt", *FIELDS)}
@@ -76,6 +84,12 @@ def _inlined(source: str, what: str, kind: Kind) -> str:
     if not kind.start.match(data):
         raise UsageError(f"{source} is not {kind.name}.")
     return base64.b64encode(data).decode()
+
+
+def _latents(source: str) -> str:
+    if HANDLE.fullmatch(source) and not Path(source).exists():
+        return source
+    return _inlined(source, "--resume-latents", LATENTS)
 
 
 def _sections(path: Path) -> list[dict[str, Any]]:

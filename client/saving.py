@@ -1,4 +1,4 @@
-"""A finished job's videos, base64 or URL → files that are whole, or no file at all."""
+"""A job's videos and latents, base64 or URL → files that are whole, or no file at all."""
 
 import base64
 import os
@@ -12,14 +12,14 @@ import httpx
 
 from client.api import CONNECT_S, MAX_BACKOFF_S, Note, is_loopback
 from client.errors import SaveError, UsageError
-from client.files import check_whole
+from client.files import check_latents, check_whole
 
 ANSWER_S = 60.0  # from one byte to the next
 ATTEMPTS = 6  # in a row that bring no byte
 RETRIED = (408, 429)
 
-Received = Callable[[int, int | None], None]
-"""Called with the bytes so far and, where it is known, of how many."""
+Received = Callable[[str, int, int | None], None]
+"""Called with what is downloaded, the bytes so far and, where it is known, of how many."""
 
 
 def check_destination(path: Path, overwrite: bool) -> None:
@@ -66,6 +66,20 @@ def save_video(reply: dict, content_type: Any, path: Path, overwrite: bool, down
         check_whole(file, content_type)
 
 
+def save_latents(reply: dict, path: Path, overwrite: bool, download: "Download") -> bool:
+    """Write the latents that a job returned; False if there are none. Raises SaveError."""
+    inline, url = reply.get("latents_base64"), reply.get("latents_url")
+    if not isinstance(inline, str) and not isinstance(url, str):
+        return False
+    with _whole_file(path, overwrite) as file:
+        if isinstance(inline, str):
+            file.write(_decoded(inline, "The file of latents"))
+        else:
+            download(url, file)
+        check_latents(file)
+    return True
+
+
 def save_jpeg(jpeg_base64: str, path: Path, what: str, overwrite: bool) -> None:
     """Write a preview or a poster. Raises SaveError."""
     jpeg = _decoded(jpeg_base64, what)
@@ -78,7 +92,8 @@ def save_jpeg(jpeg_base64: str, path: Path, what: str, overwrite: bool) -> None:
 class Download:
     """URL → file, streamed; a dropped connection is taken up where it broke. Knows nothing of the API key."""
 
-    def __init__(self, pause: float, note: Note, received: Received, allow_http: bool) -> None:
+    def __init__(self, what: str, pause: float, note: Note, received: Received, allow_http: bool) -> None:
+        self._what = what
         self._pause = pause
         self._note = note
         self._received = received
@@ -96,12 +111,14 @@ class Download:
                     except (httpx.RequestError, _AgainError) as error:
                         failures = 1 if file.tell() > before else failures + 1
                         if failures == ATTEMPTS:
-                            raise SaveError(f"The video's download failed {ATTEMPTS} times.") from None
+                            raise SaveError(
+                                f"The download of the {self._what} failed {ATTEMPTS} times."
+                            ) from None
                         trouble = str(error) if isinstance(error, _AgainError) else "The download broke off."
                     self._note(f"{trouble} Going on with it.")
                     time.sleep(min(self._pause * 2 ** (failures - 1), MAX_BACKOFF_S))
         except httpx.InvalidURL:
-            raise SaveError("The video's URL is not valid.") from None
+            raise SaveError(f"The URL of the {self._what} is not valid.") from None
 
     def _client(self, url: str) -> httpx.Client:
         return httpx.Client(
@@ -116,7 +133,7 @@ class Download:
         """Of every address on the way."""
         http = self._allow_http or is_loopback(str(request.url))
         if request.url.scheme != "https" and not (http and request.url.scheme == "http"):
-            raise SaveError("The video's URL is not https; it is not fetched.")
+            raise SaveError(f"The URL of the {self._what} is not https; it is not fetched.")
 
     def _fetch_rest(self, http: httpx.Client, url: str, file: BinaryIO) -> None:
         start = file.tell()
@@ -126,7 +143,8 @@ class Download:
                 raise _AgainError(f"{response.url.host} answered HTTP {status}.")
             if status not in (200, 206, 416):
                 raise SaveError(
-                    f"{response.url.host} answered HTTP {status}: the video's URL may have expired."
+                    f"{response.url.host} answered HTTP {status}: "
+                    f"the URL of the {self._what} may have expired."
                 )
             if not (
                 status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
@@ -134,16 +152,16 @@ class Download:
                 start = file.seek(0)  # from the first byte, then
                 file.truncate()
                 if status != 200:
-                    raise _AgainError(f"{response.url.host} did not send the rest of the video.")
+                    raise _AgainError(f"{response.url.host} did not send the rest of the {self._what}.")
             length = response.headers.get("Content-Length", "")
             total = start + int(length) if length.isdecimal() else None
             for chunk in response.iter_raw():
                 file.write(chunk)
-                self._received(file.tell(), total)
+                self._received(self._what, file.tell(), total)
 
 
 class _AgainError(Exception):
-    """The video's server may do better next time."""
+    """The server may do better next time."""
 
 
 @contextmanager

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from client.__main__ import main
 from client.errors import ClientError
@@ -32,6 +34,7 @@ from tests.fake_runpod import (
 
 PNG = base64.b64decode(job_input()["input_image"])
 VIDEO = mp4()
+LATENTS = save({"history": torch.zeros(1, 16, 1, 8, 8)}, {"seed": "7"})
 ESCAPES = re.compile(r"\x1b\[")
 
 PROGRESS = {
@@ -67,6 +70,10 @@ DONE = state("COMPLETED", OUTPUT, delayTime=2500, executionTime=41000)
 
 def with_video(**output) -> dict:
     return state("COMPLETED", {"seed": 7} | output)
+
+
+def inlined(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 @pytest.fixture
@@ -291,6 +298,95 @@ def test_a_picture_is_saved_as_what_it_is(folder):
     assert (folder / "dancer-picture.png").read_bytes() == PNG
     cut = with_video(video_base64=base64.b64encode(PNG[:-1]).decode(), **picture)
     assert "The picture is cut short." in make(folder, cut, arguments=["-o", "cut.png"]).stderr
+
+
+def test_latents_are_saved_and_gone_on_from(folder):
+    whole = state("COMPLETED", OUTPUT | {"latents_base64": inlined(LATENTS)})
+    with FakeEndpoint(whole) as endpoint:
+        arguments = ["dancer.png", "She spins.", "--latents", "dancer.safetensors", "--json"]
+        done = run(folder, *arguments, endpoint=endpoint)
+        arguments = ["She spins.", "--resume-latents", "dancer.safetensors", "-o", "longer.mp4"]
+        assert run(folder, *arguments, endpoint=endpoint).returncode == 0
+    assert done.returncode == 0, done.stderr
+    assert (folder / "dancer.safetensors").read_bytes() == LATENTS
+    assert "Saved the latents dancer.safetensors: 0.00 MB." in done.stderr
+    document = json.loads(done.stdout)
+    assert document["saved_latents"] == "dancer.safetensors" and document["saved"] == "dancer.mp4"
+    assert "latents_base64" not in document["output"]
+    first, second = (request.json["input"] for request in endpoint.asked("run"))
+    assert first["return_latents"] is True
+    assert second == {"prompt": "She spins.", "resume_latents": inlined(LATENTS)}
+
+
+def test_latents_by_url_are_downloaded(folder):
+    with FakeEndpoint() as endpoint:
+        endpoint.set_state(state("COMPLETED", OUTPUT | {"latents_url": endpoint.file_url("latents")}))
+        endpoint.files, endpoint.drops = {"latents": LATENTS}, [1000]
+        arguments = ["dancer.png", "She spins.", "--latents", "a.safetensors"]
+        done = run(folder, *arguments, endpoint=endpoint)
+    assert done.returncode == 0, done.stderr
+    assert "downloading the latents" in done.stderr
+    assert (folder / "a.safetensors").read_bytes() == LATENTS
+
+
+def test_latents_of_several_outputs_are_numbered(folder):
+    outputs = [{"video_base64": inlined(VIDEO), "latents_base64": inlined(LATENTS)}] * 2
+    arguments = ["--outputs", "2", "--latents", "a.safetensors", "--json"]
+    done = make(folder, with_video(outputs=outputs), arguments=arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["saved_latents"] == ["a-1.safetensors", "a-2.safetensors"]
+    assert (folder / "a-2.safetensors").read_bytes() == LATENTS
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ({"latents_handle": "job-1-0123456789abcdef"}, "--resume-latents job-1-0123456789abcdef"),
+        ({}, "The reply holds no latents."),
+    ],
+    ids=["on the volume", "nowhere"],
+)
+def test_latents_that_do_not_come_are_told(folder, output, told):
+    done = make(folder, state("COMPLETED", OUTPUT | output), arguments=["--latents", "a.safetensors"])
+    assert done.returncode == 0
+    assert told in done.stderr
+    assert {path.name for path in folder.iterdir()} == {"dancer.png", "dancer.mp4"}
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (VIDEO, "not a safetensors file"),
+        (b"", "not a safetensors file"),
+        (LATENTS[:20], "not a safetensors file"),
+        (b"\x02\0\0\0\0\0\0\0{}", "not a safetensors file"),
+        (LATENTS[:-1], "cut short"),
+    ],
+    ids=["a video", "empty", "half a header", "no tensor", "cut"],
+)
+def test_latents_that_are_not_whole_leave_no_file(folder, data, told):
+    whole = state("COMPLETED", OUTPUT | {"latents_base64": inlined(data)})
+    done = make(folder, whole, arguments=["--latents", "a.safetensors"])
+    assert done.returncode == 6
+    assert told in done.stderr
+    assert not (folder / "a.safetensors").exists()
+
+
+def test_latents_of_a_failed_job_are_saved(folder):
+    failed = state("FAILED", {"code": "timed_out", "latents_base64": inlined(LATENTS)}, error="Too long.")
+    done = make(folder, failed, arguments=["--latents", "a.safetensors", "--json"])
+    assert done.returncode == 1
+    assert "The job failed (timed_out): Too long." in done.stderr
+    assert (folder / "a.safetensors").read_bytes() == LATENTS
+    assert "latents_base64" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("source", ["https://example.com/a.safetensors", "job-1-0123456789abcdef"])
+def test_latents_elsewhere_are_left_to_the_worker(folder, source):
+    with FakeEndpoint(DONE) as endpoint:
+        done = run(folder, "dancer.png", "She spins.", "--resume-latents", source, endpoint=endpoint)
+    assert done.returncode == 0, done.stderr
+    assert endpoint.asked("run")[0].json["input"]["resume_latents"] == source
 
 
 def test_quiet_says_nothing(folder):
@@ -599,7 +695,7 @@ def interrupted(
             if again is None:
                 endpoint.release()
             else:
-                wait_until(lambda: again in log.read_text())
+                wait_until(lambda: again in log.read_text() and endpoint.asked(endpoint.held))
                 process.send_signal(signal.SIGINT)
             process.wait(TIMEOUT_S)
         finally:
@@ -926,6 +1022,20 @@ def test_the_local_server_makes_the_video(folder, workers):
     assert done.returncode == 0, done.stderr
     assert is_mp4((folder / "dancer.mp4").read_bytes())
     assert json.loads(done.stdout)["output"]["frames"] == 25
+
+
+def test_a_real_workers_latents_are_saved_and_gone_on_from(folder, workers):
+    _, url = workers
+    first, second = (
+        run(folder, *arguments, *QUICK, "--local", url, "--json", RUNPOD_API_KEY="")
+        for arguments in (
+            ("dancer.png", "She spins.", "--latents", "a.safetensors"),
+            ("She spins.", "--resume-latents", "a.safetensors"),
+        )
+    )
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert json.loads(second.stdout)["output"]["resumed_sections"] == 1
+    assert is_mp4((folder / "video.mp4").read_bytes())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ what the models can do, so that other weights of the same world pass; tests/test
 import base64
 import io
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,22 +36,26 @@ from tests.test_frame import png
 from tests.tiny import TRAINED_ENV
 
 SIDE = 96
+RADIUS = 0.16 * SIDE
 W = 9  # latent frames of a section, after the start image's
 ONE, TWO = 1.2, 2.4  # seconds of one and of two sections
 SOURCE = 21  # frames of a video to go on from
-RIGHT, LEFT, STAYS = (f"the red circle {verb}" for verb in ("moves right", "moves left", "stays"))
+RIGHT, LEFT, DOWN, STAYS, BLUE = (
+    f"the red circle {verb}" for verb in ("moves right", "moves left", "moves down", "stays", "becomes blue")
+)
 
 # in sides of the frame; in one section a shape is to go 0.216
 MOVED = 0.1
 STILL = 0.05
 NEARER = 3.0  # dB
 NEARER_AT_THE_END = 1.0  # what an end image does against a prompt that says otherwise
+FARTHER = 0.2  # what a negative prompt does, as a share of the distance to what it says
 COLOURS = ((60, 120, 190), (200, 210, 120))
 
 
 def scene(x: float = 0.5, y: float = 0.5, colours=COLOURS, height: int = SIDE, width: int = SIDE) -> Scene:
     """The circle's centre is at the shares x and y of width and height."""
-    circle = Shape("circle", "red", x * width, y * height, 0.16 * SIDE, action=Action("moves right"))
+    circle = Shape("circle", "red", x * width, y * height, RADIUS, action=Action("moves right"))
     return Scene(height, width, Background("gradient", colours, seed=3), (circle,))
 
 
@@ -70,6 +75,10 @@ class Job:
         """The latent frame there, decoded as a picture: (H, W, 3) uint8."""
         pixels = decode_latents(self.latents[:, :, place : place + 1], self.models.vae, self.models.device)
         return to_uint8(pixels)[0, :, 0].permute(1, 2, 0).numpy()
+
+    def area(self, place: int, colour: str) -> float:
+        """How much is of that colour there, in circles."""
+        return Tracks(self.picture(place)[None]).of(colour).area[0] / (math.pi * RADIUS**2)
 
     def path(self, *places: int) -> np.ndarray:
         """(x, y) of the circle in those latent frames, NaN where it is not seen."""
@@ -144,6 +153,38 @@ def test_a_timed_prompt_turns_the_circle_round(run):
     assert torch.equal(on.latents[:, :, first], back.latents[:, :, first])
     assert goes_right(on.path(0, W)) and goes_right(on.path(W, 2 * W))
     assert goes_right(back.path(W, 2 * W), -1)
+
+
+def test_a_timed_prompt_changes_the_colour_in_its_section(run):
+    """Of I2V, which samples that section first, and does not know where the other one will have moved to."""
+    changes = run(model="i2v", total_second_length=TWO, prompt=f"{STAYS} [{ONE}s-: {BLUE}]")
+    before, after = W // 2, 2 * W
+    assert changes.area(before, "red") > 0.5 and changes.area(before, "blue") == 0
+    assert changes.area(after, "blue") > 0.5 and changes.area(after, "red") == 0
+
+
+def test_a_blended_change_of_prompt_bends_the_path(run):
+    fields = {"model": "f1", "input_image": png(picture(x=0.3, y=0.25)), "total_second_length": TWO}
+    sharp, blended = (
+        run(prompt=f"{DOWN} [{ONE}s-: {RIGHT}]", blend_sections=n, **fields).path(W, 2 * W) for n in (0, 1)
+    )
+    (right, down), (less_right, more_down) = sharp[1] - sharp[0], blended[1] - blended[0]
+    assert right > MOVED and abs(down) < STILL
+    assert more_down > down + STILL
+    assert STILL < less_right < right - STILL
+
+
+def test_a_negative_prompt_is_kept_away_from(run):
+    """Farther than what follows the prompt is anyway, or guided by an empty one."""
+    right, left = (run(model="i2v", prompt=prompt) for prompt in (RIGHT, LEFT))
+    guided, by_nothing = (run(model="i2v", prompt=RIGHT, cfg=2, n_prompt=text) for text in (LEFT, ""))
+
+    def from_left(job: Job) -> float:
+        return float((job.latents - left.latents).norm())
+
+    farther = FARTHER * from_left(right)
+    assert from_left(guided) > max(from_left(right), from_left(by_nothing)) + farther
+    assert goes_right(guided.path(0, W))
 
 
 def test_what_is_gone_on_from_latents_is_the_same_motion(run):
@@ -313,16 +354,29 @@ def test_an_exact_length_cuts_off_the_motions_end(reply_to, demo_models, tmp_pat
     assert abs(last - at_28) < abs(last - at_the_end)
 
 
+def extended(reply_to, source: np.ndarray, folder: Path, **fields) -> np.ndarray:
+    """All frames of a video and its new part."""
+    clip = torch.from_numpy(source).permute(3, 0, 1, 2)[None]
+    save_video([clip], folder / "source.mp4", VideoFile(crf=1))
+    video = base64.b64encode((folder / "source.mp4").read_bytes()).decode()
+    return frames_in(reply_to(input_video=video, format="png_sequence", **fields), folder)
+
+
 def test_an_extended_video_goes_on_moving(reply_to, tmp_path):
     """Forward, from the place where the given one ends."""
     source = render(scene(x=0.2), range(SOURCE))
-    save_video(
-        [torch.from_numpy(source).permute(3, 0, 1, 2)[None]], tmp_path / "source.mp4", VideoFile(crf=1)
-    )
-    video = base64.b64encode((tmp_path / "source.mp4").read_bytes()).decode()
-    frames = frames_in(reply_to(input_video=video, model="f1", format="png_sequence"), tmp_path)
+    frames = extended(reply_to, source, tmp_path, model="f1")
     path = path_in(frames)
     assert len(frames) == SOURCE + 4 * W
     assert psnr(frames[0], source[0]) > 30
     assert goes_right(path[SOURCE - 1 :])
     assert np.abs(np.diff(path, axis=0)).max() < STILL  # at no frame does it jump
+
+
+def test_what_is_put_before_a_video_leads_up_to_it(reply_to, tmp_path):
+    """Backward, to the place where the given one starts."""
+    source = render(scene(x=0.6), range(SOURCE))
+    frames = extended(reply_to, source, tmp_path, model="i2v")
+    assert len(frames) == 4 * W - 4 + SOURCE
+    assert psnr(frames[-1], source[-1]) > 30
+    assert np.abs(np.diff(path_in(frames), axis=0)).max() < STILL
