@@ -37,8 +37,7 @@ def run(tiny_models, picture, tmp_path, quick_decode):
         path.unlink(missing_ok=True)
         return generate_video_sync(tiny_models, picture, request, path, **options)
 
-    yield run
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+    return run
 
 
 @pytest.fixture
@@ -49,12 +48,18 @@ def before_decoding(monkeypatch, quick_decode):
         decode, count = decoding.decode_latents, iter(range(1, 100))
 
         def waiting(*args, **options):
-            wait(next(count))
-            return decode(*args, **options)
+            running.append(1)
+            try:
+                wait(next(count))
+                return decode(*args, **options)
+            finally:
+                running.pop()
 
         monkeypatch.setattr(decoding, "decode_latents", waiting)
 
-    return before_decoding
+    running = []
+    yield before_decoding
+    assert not running  # when the job has ended, however it did
 
 
 def test_the_same_video(run, beside, monkeypatch):

@@ -1,8 +1,7 @@
 """Section latents → pixels, joined into one video."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import Future, wait
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -50,25 +49,19 @@ class VideoDecoder:
         self._joiner = SectionJoiner(plan.overlap, self._store.hold, begun)
         self.tiled = False
         self.sections = 0  # how many are in
-        self._thread: ThreadPoolExecutor | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._beside = False
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> "VideoDecoder":
-        if decodes_beside(self._models):
-            self._thread = ThreadPoolExecutor(1, "decode")
-            if self._models.device.type == "cuda":
-                self._stream = torch.cuda.Stream(self._models.device)
+        self._beside = decodes_beside(self._models)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Wait for what is under way; where another error is on its way, that one counts."""
-        try:
-            if error is None:
-                self._finish()
-        finally:
-            if self._thread:
-                self._thread.shutdown()
+        if error is None:
+            self._finish()
+        elif self._pending:
+            wait([self._pending])
 
     def add(self, latents: torch.Tensor, check: Callable[[], None] = lambda: None) -> None:
         """Decode (1, 16, T, h, w), the newest latent frames, and blend them on.
@@ -81,10 +74,9 @@ class VideoDecoder:
         tiled = self._force_tiling or not fits_untiled(models, height, width)
         self.tiled |= tiled
         decode = partial(self._decode, latents, len(self._timer.sections), tiled, check)
-        if self._thread and _has_room_beside(models, height, width):
-            self._pending = self._thread.submit(
-                copy_context().run, decode
-            )  # the log has the job's id there, too
+        if self._beside and _has_room_beside(models, height, width):
+            context = copy_context()  # the log has the job's id there, too
+            self._pending = models.decode_thread.submit(context.run, decode, models.decode_stream)
         else:
             decode()
 
@@ -98,10 +90,16 @@ class VideoDecoder:
         if pending:
             pending.result()
 
-    def _decode(self, latents: torch.Tensor, number: int, tiled: bool, check: Callable[[], None]) -> None:
+    def _decode(
+        self,
+        latents: torch.Tensor,
+        number: int,
+        tiled: bool,
+        check: Callable[[], None],
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         models = self._models
-        stream = torch.cuda.stream(self._stream) if self._stream else nullcontext()
-        with stream, self._timer.section_span("decode", number), models.on_device("vae"):
+        with torch.cuda.stream(stream), self._timer.section_span("decode", number), models.on_device("vae"):
             with self._tiles.used_by(models.vae):
                 pixels = decode_latents(latents, models.vae, models.device, tiled, check)
             if self._prepends:

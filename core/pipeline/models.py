@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -98,6 +99,10 @@ class Models:
         self.lora_cache = LoraCache()
         # what was merged into a transformer, and for which LoRAs; None where that was broken off
         self._merges: WeakKeyDictionary[nn.Module, tuple[Merge | None, LoraSet | None]] = WeakKeyDictionary()
+
+        # for what runs beside a job's steps: cuDNN's plans are their thread's, and memory its stream's
+        self.decode_thread = ThreadPoolExecutor(1, "decode")
+        self.decode_stream = torch.cuda.Stream(device) if gpu else None
 
         self._not_compiled = "" if self._settings.compile == "on" else "it is off"  # and why
         self.memory_mode = ""
