@@ -10,7 +10,7 @@ length. On a CPU the same is computed step by step, to see what it costs in prec
 
 import logging
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -155,7 +155,7 @@ def attend_in_float8(
     The others are (1, 1, 1, 1) float32; Q is what `query` holds times `query_back`, and so on.
     """
     plan = _plan(tuple(query.shape), query.device)
-    return plan.run(query, key, value, query_back, key_back, value_back, scale)
+    return plan.run((query, key, value), (query_back, key_back, value_back), scale)
 
 
 @attend_in_float8.register_fake
@@ -164,19 +164,9 @@ def _(query: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
 
 
 @attend_in_float8.register_kernel("cpu")
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_back: torch.Tensor,
-    key_back: torch.Tensor,
-    value_back: torch.Tensor,
-    scale: torch.Tensor,
-) -> torch.Tensor:
-    q, k, v = (
-        (x.float() * back).transpose(1, 2)
-        for x, back in ((query, query_back), (key, key_back), (value, value_back))
-    )
+def _(*tensors: torch.Tensor) -> torch.Tensor:
+    given, backs, scale = tensors[:3], tensors[3:6], tensors[6]
+    q, k, v = ((x.float() * back).transpose(1, 2) for x, back in zip(given, backs, strict=True))
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     weights = (scores - scores.amax(dim=-1, keepdim=True)).exp()
     total = weights.sum(dim=-1, keepdim=True)
@@ -224,30 +214,22 @@ class _Plan:
         self._workspace_size = graph.get_workspace_size()
 
     def run(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        query_back: torch.Tensor,
-        key_back: torch.Tensor,
-        value_back: torch.Tensor,
-        scale: torch.Tensor,
+        self, given: tuple[torch.Tensor, ...], backs: tuple[torch.Tensor, ...], scale: torch.Tensor
     ) -> torch.Tensor:
         import cudnn
 
-        given = [x.contiguous() for x in (query, key, value)]
+        given = [x.contiguous() for x in given]
         result = torch.empty_like(given[0])
-        scales = [query_back, key_back, value_back, *self._weights, scale]
-        workspace = torch.empty(max(1, self._workspace_size), device=query.device, dtype=torch.uint8)
+        workspace = torch.empty(max(1, self._workspace_size), device=scale.device, dtype=torch.uint8)
         names = [*self._tensors, *self._scales, self._out, *self._peaks]
-        values = [*given, *scales, result, *self._unused]
-        with torch.cuda.device(query.device):
+        values = [*given, *backs, *self._weights, scale, result, *self._unused]
+        with torch.cuda.device(scale.device):
             cudnn.set_stream(handle=self._handle, stream=torch.cuda.current_stream().cuda_stream)
             self._graph.execute(dict(zip(names, values, strict=True)), workspace, handle=self._handle)
         return result
 
 
-_plan = cache(_Plan)
+_plan = lru_cache(64)(_Plan)  # a length each
 
 
 @cache

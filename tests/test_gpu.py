@@ -224,7 +224,9 @@ def test_every_kernel_of_attention_gives_the_same_velocity(name, models, monkeyp
         monkeypatch.setattr(transformer, "kernels", ("math",))
         expected = velocity()
         monkeypatch.setattr(transformer, "kernels", kernels)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+        ) as profile:
             found = velocity()
     assert OPERATORS[name] in {event.key for event in profile.key_averages()}
     assert (found - expected).norm() < 0.02 * expected.norm()
