@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import evaluations, features, full_size, full_size_models, official
+from benchmarks import evaluations, features, full_size, full_size_models, official, steadiness
 from benchmarks.cold_load import cold_load
 from benchmarks.floors import Rates, disk_rate, evict, flop_of
 from benchmarks.full_size import Row, decoded_frames, main, table
 from benchmarks.official import OfficialDemo, twins
 from core.pipeline.loading import load_transformer
+from core.progress import Progress
 from diffusers_helper.vae import FramewiseMidBlock
 from tests.fake_official import write_fake_official
 from tests.tiny import TINY_MODELS
@@ -207,3 +208,25 @@ def test_what_features_add_to_a_job(small_frames, capsys, monkeypatch):
     assert names == ("| feature", "| LoRA", "| MagCache", "| poster")
     assert with_it[1].endswith(" s") and with_it[3].endswith(" s")
     assert "has no measured magnitudes" in adds[2]
+
+
+def test_whether_the_pace_holds(small_frames, capsys, monkeypatch):
+    monkeypatch.setattr(steadiness, "profile_of", full_size.profile_of)
+    monkeypatch.setattr(
+        steadiness, "VARIED", {"a window of 3": {"latent_window_size": 3, "total_second_length": 1}}
+    )
+    steadiness.main(["models", "--steps", "2", "--long", "2.4", "--long-steps", "1"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
+    varied, long = ([row for row in rows if row[0] == name] for name in ("a window of 3", "2.4 s"))
+    assert float(varied[0][3]) >= 1 and varied[0][4].isdigit()
+    assert long[0][1] == "2" and long[0][5].endswith("%") and long[0][6].endswith("GB")
+
+
+def test_a_step_is_what_lies_between_two_reports(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 10.0, 11.0])
+    monkeypatch.setattr(steadiness.time, "perf_counter", lambda: next(clock))
+    pace, progress = steadiness.Pace(), Progress(sections=2, steps=2)
+    for section, step in ((1, 0), (1, 1), (1, 2), (2, 1), (2, 2)):
+        pace(progress.at("sample", section, step))
+    assert pace.steps == [1, 2, 7, 1]  # the decode between the sections is the next one's
+    assert pace.sections == [3, 8]
