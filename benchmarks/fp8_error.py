@@ -105,6 +105,8 @@ def random_inputs(config, side: int) -> dict[str, torch.Tensor | PackedHistory]:
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """On whichever device either is."""
+    expected = expected.float().cpu()
     return ((result.float().cpu() - expected).norm() / expected.norm()).item()
 
 

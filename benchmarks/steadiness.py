@@ -85,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         varied = {name: run_job(worker, options.steps, **fields) for name, fields in VARIED.items()}
         long = {}
         for seconds in options.long:
-            before = host_memory()
+            before = host_memory("VmRSS")
+            CLEAR_REFS.write_text("5")  # its highest is counted anew from here
             pace = run_job(worker, options.long_steps, total_second_length=seconds)
             long[seconds] = pace, host_memory("VmHWM") - before
     kinds = f"{models.precision}, {'compiled' if models.compiled else 'not compiled'}, {models.attention}"
@@ -110,11 +111,9 @@ def run_job(worker: Worker, steps: int, **fields) -> Pace:
     return pace
 
 
-def host_memory(which: str = "VmRSS") -> int:
-    """Bytes of this process in memory now, from where its highest (`VmHWM`) is counted anew."""
+def host_memory(which: str) -> int:
+    """Bytes of this process in memory: now (`VmRSS`), or at its highest (`VmHWM`)."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    if which == "VmRSS":
-        CLEAR_REFS.write_text("5")
     return 1024 * int(lines[which].split()[0])
 
 

@@ -114,7 +114,7 @@ class Float8AttnProcessor:
         """(B, n, heads, d) each → the same, in the query's dtype."""
         largest = value.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny).view(1, 1, 1, 1)
         scale = LARGEST / largest
-        attended = torch.ops.framepack.attend_in_float8(
+        attended = attend_in_float8(
             self._query.quantise(query),
             self._key.quantise(key),
             (value * scale).to(FP8),
@@ -140,7 +140,7 @@ def largest_of(norms: list[torch.nn.Module]) -> float:
     return max(math.sqrt(2 * norm.weight.numel()) * norm.weight.detach().abs().max().item() for norm in norms)
 
 
-@torch.library.custom_op("framepack::attend_in_float8", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("framepack::scaled_attention", mutates_args=(), device_types="cuda")
 def attend_in_float8(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -16,7 +16,7 @@ SECTIONS, STEPS = 3, 3
 
 @pytest.fixture
 def beside(monkeypatch):
-    monkeypatch.setattr(decoding, "decodes_beside", lambda models: True)
+    monkeypatch.setattr(decoding, "decodes_beside", lambda *_: True)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def before_decoding(monkeypatch, quick_decode):
 def test_the_same_video(run, beside, monkeypatch):
     latents = []
     video = run(on_section=lambda sampled: latents.append(sampled.latents)).path.read_bytes()
-    monkeypatch.setattr(decoding, "decodes_beside", lambda models: False)
+    monkeypatch.setattr(decoding, "decodes_beside", lambda *_: False)
     expected = []
     assert video == run(on_section=lambda sampled: expected.append(sampled.latents)).path.read_bytes()
     assert len(latents) == SECTIONS and torch.equal(torch.cat(latents), torch.cat(expected))

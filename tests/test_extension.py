@@ -164,9 +164,9 @@ def test_history_holds_the_videos_own_latents(model, frames, run, encoded, tiny_
 def _mean_of(kind):
     """In place of `ImageLatent.of`: the middle of the posterior, without a draw."""
 
-    def of(posterior, device, seed, mixed_seed, strength=1.0):
+    def of(posterior, device, seed, seed_mask, strength=1.0):
         mean = posterior.parameters.chunk(2, dim=1)[0] * posterior.scaling_factor
-        return kind(strength * mean, posterior, device, mixed_seed, strength)
+        return kind(strength * mean, posterior, device, seed_mask, strength)
 
     return of
 

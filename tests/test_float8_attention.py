@@ -4,13 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.fp8_error import relative_error
 from core.pipeline.compiling import run_blocks
 from diffusers_helper.float8_attention import Float8AttnProcessor, in_float8, largest_of
 from diffusers_helper.fp8 import LARGEST
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.fixture
@@ -45,7 +42,7 @@ def test_attends_as_the_library_but_for_rounding(blocks, block):
     attn.set_processor(Float8AttnProcessor(attn, torch.device("cpu")))
     for found, exact in zip(attn(**given), expected, strict=True):
         assert found.shape == exact.shape and found.dtype == exact.dtype
-        assert 1e-3 < relative(found, exact) < 0.06  # and it is in float8
+        assert 1e-3 < relative_error(found, exact) < 0.06  # and it is in float8
 
 
 @pytest.mark.parametrize("block", [0, 1], ids=["double", "single"])
@@ -62,7 +59,7 @@ def test_without_its_roundings_it_is_the_librarys(blocks, block, monkeypatch):
     monkeypatch.setattr(Float8AttnProcessor, "_attend", exactly)
     attn.set_processor(Float8AttnProcessor(attn, torch.device("cpu")))
     for found, exact in zip(attn(**given), expected, strict=True):
-        assert relative(found, exact) < 1e-5
+        assert relative_error(found, exact) < 1e-5
 
 
 @torch.no_grad()
@@ -89,7 +86,7 @@ def test_a_step_is_about_the_same(tiny_models, blocks):
     expected = velocity()
     in_float8(tiny_models.transformer, torch.device("cpu"))
     found = velocity()
-    assert 1e-5 < relative(found, expected) < 0.05
+    assert 1e-5 < relative_error(found, expected) < 0.05
 
 
 @torch.no_grad()
@@ -101,4 +98,4 @@ def test_its_graph_needs_no_break(blocks):
     torch._dynamo.reset()
     compiled = torch.compile(attn, backend="aot_eager", fullgraph=True, dynamic=True)
     for found, eager in zip(compiled(**given), expected, strict=True):
-        assert relative(found, eager) < 1e-5
+        assert relative_error(found, eager) < 1e-5

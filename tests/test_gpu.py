@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo
 
 from benchmarks import full_size
+from benchmarks.fp8_error import relative_error
 from core.pipeline import Models, decoding, generate_video_sync
 from core.pipeline.compiling import warm_up
 from core.pipeline.loading import load_transformer
@@ -36,10 +37,6 @@ REQUEST = VideoRequest(input_image="given below", prompt="a test", total_second_
 def models():
     """Without a cache of encodings: what is compared is made anew."""
     return Models(load_profile(TINY), torch.device("cuda", 0), "resident", replace(TINY, encoding_cache_mb=0))
-
-
-def relative(found, expected):
-    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def generate(models, tmp_path, request=REQUEST, **options):
@@ -246,7 +243,7 @@ def test_the_vaes_kernels_compute_what_torch_does():
                     ours = kernels.spread(x, scales, factors, (1, 1, 1, 1, 2, 0))
                     theirs = vae_fused.prepared_by_torch(x, used, factors, (1, 1, 1, 1, 2, 0))
                     assert ours.shape == theirs.shape
-                    assert relative(ours, theirs) < near
+                    assert relative_error(ours, theirs) < near
 
 
 def test_the_fused_vae_is_as_near_to_float32_as_the_librarys():
@@ -263,7 +260,7 @@ def test_the_fused_vae_is_as_near_to_float32_as_the_librarys():
             exact = getattr(library, of)(x)
             ours = getattr(fused, of)(x.half())
             theirs = getattr(copy.deepcopy(library).half(), of)(x.half())
-            assert relative(ours, exact) < 1.2 * relative(theirs, exact)
+            assert relative_error(ours, exact) < 1.2 * relative_error(theirs, exact)
 
 
 def test_float8_attention_is_what_a_cpu_computes_step_by_step():
@@ -276,14 +273,14 @@ def test_float8_attention_is_what_a_cpu_computes_step_by_step():
     expected = float8_attention.attend_in_float8(q, k, v, *scales).float()
     given = [x.to(device) for x in (q, k, v, *scales)]
     found = float8_attention.attend_in_float8(*given).float().cpu()
-    assert relative(found, expected) < 0.03  # the sums' order, before the result is rounded to 3 bits
+    assert relative_error(found, expected) < 0.03  # the sums' order, before the result is rounded to 3 bits
 
 
 def test_decoded_beside_the_steps_it_is_the_same_video(models, tmp_path, monkeypatch):
     models.set_memory_mode("resident")
     request = REQUEST.model_copy(update={"total_second_length": 3.6})
     latents, video = generate(models, tmp_path, request)
-    monkeypatch.setattr(decoding, "decodes_beside", lambda models: False)
+    monkeypatch.setattr(decoding, "decodes_beside", lambda *_: False)
     expected_latents, expected_video = generate(models, tmp_path, request)
     assert torch.equal(latents, expected_latents)
     assert video == expected_video

@@ -1,6 +1,6 @@
 """A request's prompts and images → what the transformer is conditioned on, section by section."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Each draw has a generator of its own, so that the sections' noise is the official one: the start's with
 # the job's seed, the end image's with another, so that the start latent is the same with and without.
-END_SEED_MASK = 0x9E3779B9
+START_SEED_MASK, END_SEED_MASK = 0, 0x9E3779B9
 SOURCE_SEED_MASK = 0x7F4A7C15  # a given video's, likewise
 
 
@@ -41,7 +41,7 @@ class ImageLatent:
     latent: torch.Tensor  # (1, 16, 1, H/8, W/8), float32 on the CPU; of a clip more frames than 1
     posterior: ImagePosterior  # on the CPU
     device: torch.device  # that draws it, the VAE's
-    mixed_seed: Callable[[int], int]
+    seed_mask: int  # the draw's seed is the job's XOR this
     strength: float = 1.0
 
     @classmethod
@@ -50,15 +50,15 @@ class ImageLatent:
         posterior: ImagePosterior,
         device: torch.device,
         seed: int,
-        mixed_seed: Callable[[int], int],
+        seed_mask: int,
         strength: float = 1.0,
     ) -> "ImageLatent":
-        generator = torch.Generator("cpu").manual_seed(mixed_seed(seed))
+        generator = torch.Generator("cpu").manual_seed(seed ^ seed_mask)
         latent = strength * posterior.to(device).draw(generator).float().cpu()
-        return cls(latent, posterior, device, mixed_seed, strength)
+        return cls(latent, posterior, device, seed_mask, strength)
 
     def drawn(self, seed: int) -> "ImageLatent":
-        return self.of(self.posterior, self.device, seed, self.mixed_seed, self.strength)
+        return self.of(self.posterior, self.device, seed, self.seed_mask, self.strength)
 
 
 @dataclass(frozen=True)
@@ -151,14 +151,14 @@ def encode_conditioning(
     pixels = [image if place is None else keyframes[place] for place in places]
     ends = [] if end_image is None else [end_image]
     posteriors = encoder.posteriors(pixels + ends)
-    starts = [ImageLatent.of(p, models.device, seed, _start_seed) for p in posteriors[: len(pixels)]]
+    starts = [ImageLatent.of(p, models.device, seed, START_SEED_MASK) for p in posteriors[: len(pixels)]]
     end = None
     if ends:
-        end = ImageLatent.of(posteriors[-1], models.device, seed, _end_seed, request.end_image_strength)
+        end = ImageLatent.of(posteriors[-1], models.device, seed, END_SEED_MASK, request.end_image_strength)
     clip = None
     if source is not None:
         posterior = encoder.clip(source.seen).part(source.join.latents)
-        clip = ImageLatent.of(posterior, models.device, seed, _source_seed)
+        clip = ImageLatent.of(posterior, models.device, seed, SOURCE_SEED_MASK)
     averaged = ends if request.end_image_mode == "embedding" else []
     embeds = encoder.image_embeds(pixels + averaged)
     if averaged:
@@ -182,15 +182,3 @@ def encode_conditioning(
             *without_effect(timeline, plan.middles_s, plan.frames / FPS, request.blend_sections),
         ),
     )
-
-
-def _start_seed(seed: int) -> int:
-    return seed
-
-
-def _end_seed(seed: int) -> int:
-    return END_SEED_MASK ^ seed
-
-
-def _source_seed(seed: int) -> int:
-    return SOURCE_SEED_MASK ^ seed

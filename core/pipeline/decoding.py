@@ -23,8 +23,8 @@ from diffusers_helper.vae_fused import kernels_work
 class VideoDecoder:
     """Decodes sections as they come and joins them at the end that grows; long videos wait in `folder`.
 
-    Used as a context, a GPU on which the models are resident decodes a section beside the next one's steps,
-    in a thread and a stream of its own. What goes wrong there is raised by the next call, or at the
+    To be used as a context: a GPU on which the models are resident decodes a section beside the next one's
+    steps, in a thread and a stream of its own. What goes wrong there is raised by the next call, or at the
     context's end. `tiled` is set as soon as one decode had to be split into spatial tiles for lack of memory;
     tiles are blended at their seams, so such a video differs slightly from an untiled one.
     """
@@ -49,11 +49,9 @@ class VideoDecoder:
         self._joiner = SectionJoiner(plan.overlap, self._store.hold, begun)
         self.tiled = False
         self.sections = 0  # how many are in
-        self._beside = False
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> "VideoDecoder":
-        self._beside = decodes_beside(self._models)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -74,7 +72,7 @@ class VideoDecoder:
         tiled = self._force_tiling or not fits_untiled(models, height, width)
         self.tiled |= tiled
         decode = partial(self._decode, latents, len(self._timer.sections), tiled, check)
-        if self._beside and _has_room_beside(models, height, width):
+        if decodes_beside(models, height, width):
             context = copy_context()  # the log has the job's id there, too
             self._pending = models.decode_thread.submit(context.run, decode, models.decode_stream)
         else:
@@ -113,20 +111,17 @@ class VideoDecoder:
         return self._joiner.clips(prepended=self._prepends)
 
 
-def decodes_beside(models: Models) -> bool:
-    """Whether sections are decoded beside steps: where no model has to come and go for it."""
-    return models.device.type == "cuda" and models.memory_mode == "resident"
+def decodes_beside(models: Models, height: int, width: int) -> bool:
+    """Whether a section is decoded beside steps: where no model has to come and go for it, and a decode's
+    memory is free twice over, as the other's stays for steps, which take less."""
+    if models.device.type == "cpu" or models.memory_mode != "resident":
+        return False
+    return memory.free_gpu_memory(models.device) >= 2 * decode_bytes(models, height, width)
 
 
 def fits_untiled(models: Models, height: int, width: int) -> bool:
     """Whether the GPU has memory to decode such a frame as a whole, or to encode it, which takes less."""
     return models.device.type == "cpu" or models.has_gpu_memory(decode_bytes(models, height, width))
-
-
-def _has_room_beside(models: Models, height: int, width: int) -> bool:
-    """Whether a decode's memory is free twice over, as the other's stays for steps, which take less."""
-    needed = 2 * decode_bytes(models, height, width)
-    return models.device.type == "cpu" or memory.free_gpu_memory(models.device) >= needed
 
 
 def decode_bytes(models: Models, height: int, width: int) -> int:
