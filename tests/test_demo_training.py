@@ -101,6 +101,9 @@ def test_cuts_are_of_sections_that_videos_of_up_to_four_have():
     assert {cut for cut in whole if cut.direction == "i2v"} == {
         Cut("i2v", backward[3 - at], at, count - 1 - at) for count in range(2, 5) for at in range(count)
     }
+    assert {cut for cut in short | whole if cut.is_far} == {
+        Cut("i2v", backward[3 - at], at, 0) for at in (1, 2, 3)
+    }
 
 
 def test_late_cuts_have_a_full_history_in_the_midst_of_a_video():
@@ -186,8 +189,8 @@ def test_a_batch_is_its_samples_one_by_one():
 
 
 def test_noise_levels_are_spread_as_a_schedule_with_more_noise_is():
-    sigmas = flow_matching.draw_sigmas(20_000, 1296, CPU, torch.Generator().manual_seed(0))
-    shift = flow_matching.MORE_NOISE * math.exp(0.5 + (1296 - 256) * 0.65 / 3840)
+    sigmas = flow_matching.draw_sigmas(20_000, 1296, 1.5, CPU, torch.Generator().manual_seed(0))
+    shift = 1.5 * math.exp(0.5 + (1296 - 256) * 0.65 / 3840)
     assert sigmas.min() > 0 and sigmas.max() <= 1
     assert sigmas.median().item() == pytest.approx(shift / (shift + 1), abs=0.01)
 

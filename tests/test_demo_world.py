@@ -16,7 +16,7 @@ from builder.demo.controls import CONTROLS, wrong_meanings
 from builder.demo.flow import camera_path
 from builder.demo.geometry import KINDS
 from builder.demo.measure import bystanders_stay, drift, followed, shapes_kept, travel_ratios
-from builder.demo.motion import CAMERA_VERBS, MARGIN, SECTION, SHAPE_VERBS, SPEEDS, Action, amount
+from builder.demo.motion import CAMERA_VERBS, MARGIN, MOVES, SECTION, SHAPE_VERBS, SPEEDS, Action, amount
 from builder.demo.prompts import PHRASES, plain_prompt, prompt_of, vocabulary
 from builder.demo.scene import (
     FRAME_SIZES,
@@ -178,6 +178,15 @@ class TestScenes:
         assert {shape.kind for scene in self.scenes for shape in scene.shapes} == set(KINDS)
         assert {shape.colour for scene in self.scenes for shape in scene.shapes} == set(NAMES)
         assert {(scene.height, scene.width) for scene in self.scenes} == set(FRAME_SIZES)
+
+    def test_of_long_videos_most_are_of_moving_shapes_and_none_is_left_out(self):
+        scenes = [train_scene(random.Random(seed), long=True) for seed in range(600)]
+        verbs = [event.action.verb for scene in scenes for event in scene.meaning]
+        assert set(verbs) == {*SHAPE_VERBS, *CAMERA_VERBS}
+        assert 0.55 < sum(verb in MOVES for verb in verbs) / len(verbs) < 0.75
+        assert not any(
+            held_out(s.kind, s.colour, s.action.verb) for x in scenes for s in x.shapes if s.action
+        )
 
     def test_an_eighth_of_the_combinations_is_never_trained_and_tested_on(self):
         everything = [(k, c, v) for k in KINDS for c in NAMES for v in SHAPE_VERBS]

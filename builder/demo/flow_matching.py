@@ -11,13 +11,16 @@ from diffusers_helper.transformer import FramePackTransformer, PackedHistory
 CHANGE_WEIGHT = 4.0  # what moves is little of the picture and all of the task
 LEAST_CHANGE = 0.1  # of a sample whose error is weighed by how much changes in it
 MORE_NOISE = 1.5  # times the sampler's shift: what happens is decided while there is much
+FAR_NOISE = 5.0  # the same for sections far from all that is known, of which nothing but noise decides less
 TIMESTEPS = 1000.0
 
 
-def draw_sigmas(count: int, tokens: int, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-    """(count,) noise levels, as the sampler's for a section of so many tokens, but with MORE_NOISE."""
+def draw_sigmas(
+    count: int, tokens: int, more_noise: float, device: torch.device, generator: torch.Generator
+) -> torch.Tensor:
+    """(count,) noise levels, as the sampler's for a section of so many tokens, with so much more shift."""
     t = torch.rand(count, generator=generator, device=device).clamp(1e-4, 1.0)
-    shift = MORE_NOISE * math.exp(flow_shift_mu(tokens))
+    shift = more_noise * math.exp(flow_shift_mu(tokens))
     return shift / (shift + 1 / t - 1)
 
 
@@ -29,17 +32,19 @@ def flow_loss(
     pooled: torch.Tensor,
     image_embeds: torch.Tensor,
     guidance: torch.Tensor,
+    more_noise: float,
     generator: torch.Generator,
 ) -> torch.Tensor:
     """Squared error of the velocity noise − x0 at x = (1 − σ)·x0 + σ·noise, σ drawn for each sample.
 
     `target` is (B, 16, T, h, w); `text` (B, n, D) are the prompts' real tokens, equally many in a batch;
-    `guidance` (B,) is the distilled guidance scale. Pixels that differ from the start frame weigh more, but a
-    sample in which much differs weighs less: a camera's clip would else count as much as ten with a shape.
+    `guidance` (B,) is the distilled guidance scale, `more_noise` as in `draw_sigmas`. Pixels that differ from
+    the start frame weigh more, but a sample in which much differs weighs less: a camera's clip would else
+    count as much as ten with a shape.
     """
     batch, _, frames, height, width = target.shape
     p = model.config.patch_size
-    sigmas = draw_sigmas(batch, frames * (height // p) * (width // p), target.device, generator)
+    sigmas = draw_sigmas(batch, frames * (height // p) * (width // p), more_noise, target.device, generator)
     noise = torch.randn(target.shape, generator=generator, device=target.device)
     sigma = sigmas.view(-1, 1, 1, 1, 1)
     velocity = model(

@@ -45,6 +45,11 @@ class Cut:
     window: int  # of the clip's four
     known: int  # sections behind the window in sampling order
 
+    @property
+    def is_far(self) -> bool:
+        """Whether the start image is all that is known, and not next to the window."""
+        return self.direction == "i2v" and self.window > 0 and self.known == 0
+
     @classmethod
     def draw(cls, rng: random.Random, part: Part) -> "Cut":
         """A section of the videos that such a clip may be of."""

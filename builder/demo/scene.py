@@ -38,9 +38,12 @@ from diffusers_helper.buckets import buckets
 FRAME_SIZES = tuple(buckets(192))  # (height, width)
 TEST_KINDS = ("one", "two", "combination", "camera", "speed", "aspect")
 
-CAMERA_SHARE = 0.25  # of the scenes of training
+CAMERA_SHARE, CAMERA_SHARE_LONG = 0.25, 0.1  # of the scenes of training
 PLAIN = ("flat", "gradient", "glow", "stripes", "checks")
 TEXTURES = ("noise", "blobs")  # also before the camera: one sees in every direction how they move
+
+_FAMILIES = (MOVES[:4], MOVES[4:], TURNS, SIZES, ("bounces",), ("changes colour",), ("stays",))
+_WEIGHTS, _WEIGHTS_LONG = (6, 3, 4, 4, 2, 4, 1), (18, 18, 4, 4, 2, 4, 1)
 
 _VIVID_CHROMA = 0.12  # of a texture that has no shapes to be told from
 _RADII = {1: (0.13, 0.2), 2: (0.11, 0.17), 3: (0.1, 0.14)}  # by number of shapes, in shorter sides
@@ -137,15 +140,22 @@ def held_out(kind: str, colour: str, verb: str) -> bool:
 
 
 def train_scene(
-    rng: random.Random, size: tuple[int, int] | None = None, photographs: Collection[str] = SEEN
+    rng: random.Random,
+    size: tuple[int, int] | None = None,
+    photographs: Collection[str] = SEEN,
+    long: bool = False,
 ) -> Scene:
-    """One scene of training, of the size (height, width) or of any of FRAME_SIZES."""
+    """One scene of training, of the size (height, width) or of any of FRAME_SIZES.
+
+    Of `long` videos most are of moving shapes: far from where they began, they are the hardest to draw.
+    """
     size = size or rng.choice(FRAME_SIZES)
-    if rng.random() < CAMERA_SHARE:
+    if rng.random() < (CAMERA_SHARE_LONG if long else CAMERA_SHARE):
         return _camera_scene(rng, size, photographs, bystanders=rng.choice((0, 0, 1, 2)))
     actors = _draw_actors(rng)
     bystanders = rng.choice((0, 1, 1, 2) if actors == 1 else (0, 0, 1))
-    return _shape_scene(rng, size, photographs, actors, bystanders)
+    weights = _WEIGHTS_LONG if long else _WEIGHTS
+    return _shape_scene(rng, size, photographs, actors, bystanders, weights=weights)
 
 
 def draw_meaning(rng: random.Random) -> Meaning:
@@ -209,9 +219,10 @@ def _shape_scene(
     bystanders: int,
     unseen: bool = False,
     speed: str | None = None,
+    weights: tuple[int, ...] = _WEIGHTS,
 ) -> Scene:
     """`actors` shapes that act, each with its own verb; with `unseen`, as none does in training."""
-    verbs = _draw_verbs(rng, actors, moving=speed is not None)
+    verbs = _draw_verbs(rng, actors, moving=speed is not None, weights=weights)
     count = actors + bystanders
     while True:
         colours = rng.sample(NAMES, count + actors)  # the last ones are what colours change to
@@ -252,14 +263,14 @@ def _draw_kind(rng: random.Random, verb: str) -> str:
     return rng.choice(tuple(SYMMETRY) if verb in TURNS else KINDS)
 
 
-def _draw_verbs(rng: random.Random, count: int, moving: bool) -> list[str]:
-    """Different ones; with `moving`, none that has no speed."""
-    straight, diagonal = MOVES[:4], MOVES[4:]
-    families = (straight, diagonal, TURNS, SIZES, ("bounces",), ("changes colour",), ("stays",))
-    weights = (6, 3, 4, 4, 2, 4, 0 if moving else 1)
+def _draw_verbs(
+    rng: random.Random, count: int, moving: bool, weights: tuple[int, ...] = _WEIGHTS
+) -> list[str]:
+    """Different ones, by the weights of _FAMILIES; with `moving`, none that has no speed."""
+    *others, stays = weights
     verbs = []
     while len(verbs) < count:
-        (family,) = rng.choices(families, weights)
+        (family,) = rng.choices(_FAMILIES, (*others, 0 if moving else stays))
         verb = rng.choice(family)
         if verb not in verbs:
             verbs.append(verb)

@@ -45,7 +45,7 @@ VAE_FRAMES, VAE_CROP, VAE_BATCH = 17, 128, 8
 VAE_PHOTOGRAPHS = 0.2  # of the VAE's clips, besides those of the world itself
 VAE_LATEST_START, LATEST_START = 120, 300  # frames; cameras and shapes have come to rest by then
 BANK_FRAMES, PARAPHRASES = 4 * CLIP_FRAMES, 3  # frames encoded at once
-PART_BATCHES = (0.25, 0.6, 0.15)  # of the bank's batches, by PARTS
+PART_BATCHES = (0.2, 0.7, 0.1)  # of the bank's batches, by PARTS
 BATCH = 96
 TOKENIZER_PROMPTS, READING_PROMPTS, READING_STEPS = 20_000, 40_000, 1500
 INFERENCE_NOISE = 0.01  # the start latent is as good as the decoder allows
@@ -62,7 +62,7 @@ class Courses:
     @classmethod
     def of_seconds(cls, seconds: float, parts: Collection[str]) -> "Courses":
         """Those of `parts` share the seconds."""
-        shares = {"vae": 0.3, "clips": 0.1, "transformer": 0.6}
+        shares = {"vae": 0.28, "clips": 0.12, "transformer": 0.6}
         whole = sum(share for name, share in shares.items() if name in parts or name == "clips")
         return cls(**{name: Course(seconds=seconds * share / whole) for name, share in shares.items()})
 
@@ -189,7 +189,7 @@ def bank_batch(
     size = rng.choice(FRAME_SIZES)
     (part,) = rng.choices(PARTS, PART_BATCHES)
     frames = SHORT_FRAMES if part == "short" else CLIP_FRAMES
-    scenes = [train_scene(rng, size) for _ in range(BANK_FRAMES // frames)]
+    scenes = [train_scene(rng, size, long=part == "whole") for _ in range(BANK_FRAMES // frames)]
     prompts = [[prompt_of(scene, rng) for _ in range(PARAPHRASES)] for scene in scenes]
     late = part == "late"
     begin = [rng.uniform(SECTION, LATEST_START) if late else 0.0 for _ in scenes]

@@ -13,7 +13,7 @@ from torch._inductor import config as inductor
 from builder.demo.bank import ClipBank
 from builder.demo.course import Course
 from builder.demo.encoders import IMAGE_WIDTH, POOLED_WIDTH, TEXT_WIDTH
-from builder.demo.flow_matching import AveragedWeights, flow_loss
+from builder.demo.flow_matching import FAR_NOISE, MORE_NOISE, AveragedWeights, flow_loss
 from builder.demo.layouts import PARTS, Cut, cut_section
 from builder.demo.optimizers import Optimizers
 from diffusers_helper.attention import kernels_for
@@ -21,7 +21,7 @@ from diffusers_helper.transformer import FramePackTransformer
 
 RATE, MATRIX_RATE = 6e-4, 1.2e-3
 WEIGHT_DECAY = 0.1  # of the matrices: there are far fewer clips than samples of them
-PART_SHARES = (0.25, 0.6, 0.15)  # of the batches, by PARTS
+PART_SHARES = (0.2, 0.7, 0.1)  # of the batches, by PARTS
 GUIDANCE = (1.0, 16.0)  # of the distilled scale; what is learnt is the same for all
 HISTORY_NOISE = 0.3  # at most, in latents of spread 1: generated history is not as clean as the real one
 MAX_SHARD = "14MB"
@@ -97,7 +97,8 @@ def train_transformer(
         (part,) = draw.choices(PARTS, PART_SHARES)
         samples = bank.draw(batch, part)
         noise = HISTORY_NOISE * torch.rand(batch, 1, 1, 1, 1, generator=generator, device=device)
-        target, history = cut_section(samples.latents, Cut.draw(draw, part), dtype, noise)
+        cut = Cut.draw(draw, part)
+        target, history = cut_section(samples.latents, cut, dtype, noise)
         low, high = GUIDANCE
         guidance = low + (high - low) * torch.rand(batch, generator=generator, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -109,6 +110,7 @@ def train_transformer(
                 samples.pooled,
                 samples.image_embeds,
                 guidance,
+                FAR_NOISE if cut.is_far else MORE_NOISE,
                 generator,
             )
         loss.backward()
