@@ -24,12 +24,13 @@ LARGEST = torch.finfo(FP8).max
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 MULTIPLE = 16  # of inputs and outputs, for `torch._scaled_mm`
 CAPABILITY = 8, 9  # Ada, the first with float8 products
+FEWEST = 16  # rows; for one, or two, cuBLAS has no product of some sizes on some GPUs
 
 
 class Fp8Linear(nn.Linear):
     """`nn.Linear` with `weight` (outputs, inputs) in float8 and its `scale` (outputs, 1) in float32.
 
-    Where `multiplies` is set the input, of more than one row, is quantised too and the product is
+    Where `multiplies` is set the input, of FEWEST rows or more, is quantised too and the product is
     `torch._scaled_mm`'s; otherwise the weight is taken to the input's dtype for each product. A low-rank
     term beside it, up · down · x with up (outputs, r) and down (r, inputs), is in the input's dtype.
     """
@@ -49,7 +50,7 @@ class Fp8Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, inputs) → (…, outputs), in x's dtype."""
         rows = x.numel() // self.in_features
-        if self.multiplies and rows > 1:  # cuBLAS has no product for one row and some sizes
+        if self.multiplies and rows >= FEWEST:
             y = self._product(x)
         else:
             y = F.linear(x, self.dequantised(x.dtype), self.bias)

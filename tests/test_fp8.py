@@ -95,14 +95,14 @@ def test_rounding():
         assert ((back - given.double()).abs() <= bound * (1.04 if dtype == torch.bfloat16 else 1.002)).all()
 
 
-@pytest.mark.parametrize("shape", [(64,), (1, 1, 64)])
-def test_of_one_row_only_the_weight_is_rounded(shape):
+@pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (1, fp8.FEWEST - 1, 64)])
+def test_of_few_rows_only_the_weight_is_rounded(shape):
     layer = made_layer()
     x = torch.randn(shape).bfloat16()
     assert torch.equal(layer(x), F.linear(x, layer.dequantised(x.dtype), layer.bias))
 
 
-@pytest.mark.parametrize("shape", [(2, 64), (2, 5, 64)])
+@pytest.mark.parametrize("shape", [(fp8.FEWEST, 64), (2, 9, 64)])
 def test_a_product_is_that_of_the_rounded_factors(shape):
     layer = made_layer()
     x = torch.randn(shape).bfloat16()

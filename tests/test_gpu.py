@@ -100,7 +100,7 @@ def test_swap_leaves_the_gpu_empty(models, tmp_path):
     generate(models, tmp_path)
     weights = [p for name in ("vae", "transformer") for p in getattr(models, name).parameters()]
     assert all(not p.is_cuda for p in weights)
-    assert torch.cuda.memory_allocated() < 64 * 1024**2  # cuBLAS keeps a workspace
+    assert torch.cuda.memory_allocated() < 80 * 1024**2  # cuBLAS keeps a workspace for each of two streams
     models.set_memory_mode("resident")
     assert next(models.transformer.parameters()).is_cuda
 
@@ -156,23 +156,23 @@ def test_fp8_swapped_and_streamed_give_the_latents_of_resident(fp8_models, tmp_p
     assert torch.equal(latents("resident", []), plain)
 
 
+@pytest.mark.parametrize("tokens", [fp8.FEWEST, 77, 809, 2048])
 @pytest.mark.parametrize(("inputs", "outputs"), [(3072, 12288), (15360, 3072)])
-def test_fp8_products(inputs, outputs):
+def test_fp8_products(inputs, outputs, tokens):
     """Those of the rounded factors, with an error of their own far below that of the rounding."""
     device = torch.device("cuda", 0)
     if not fp8.can_multiply(device):
         pytest.skip("no fp8 products")
     layer = made_layer(inputs, outputs).to(device)
-    one = torch.randn(1, 1, inputs, device=device).bfloat16()
-    assert torch.equal(layer(one), F.linear(one, layer.dequantised(one.dtype), layer.bias))
-    for tokens in (2, 77, 2048):
-        x = torch.randn(1, tokens, inputs, device=device).bfloat16()
-        rows, scale = fp8.quantise(x[0])
-        weight = layer.weight.double() * layer.scale.double()
-        rounded = rows.double() * scale.double() @ weight.T + layer.bias.double()
-        exact = x[0].double() @ weight.T + layer.bias.double()
-        error = (layer(x)[0].double() - rounded).norm() / (exact - rounded).norm()
-        assert error < 0.5, f"{tokens} tokens"
+    few = torch.randn(1, fp8.FEWEST - 1, inputs, device=device).bfloat16()
+    assert torch.equal(layer(few), F.linear(few, layer.dequantised(few.dtype), layer.bias))
+    x = torch.randn(1, tokens, inputs, device=device).bfloat16()
+    rows, scale = fp8.quantise(x[0])
+    weight = layer.weight.double() * layer.scale.double()
+    rounded = rows.double() * scale.double() @ weight.T + layer.bias.double()
+    exact = x[0].double() @ weight.T + layer.bias.double()
+    error = (layer(x)[0].double() - rounded).norm() / (exact - rounded).norm()
+    assert error < 0.5
 
 
 def test_moved_in_parallel_is_what_to_gives(monkeypatch):
