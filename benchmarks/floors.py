@@ -1,7 +1,8 @@
 """What the machine can do at best, measured, and how long a piece of work would take at that rate.
 
-A floor is the larger of FLOP ÷ the rate of a large bf16 matmul and bytes that must move ÷ the rate of a plain
-copy. FLOP are counted by torch as the work runs (matmuls, convolutions, attention); bytes are the weights'.
+A floor is the larger of FLOP ÷ the rate of a large matmul, bf16 or float8, and bytes that must move ÷ the
+rate of a plain copy. FLOP are counted by torch as the work runs (matmuls, convolutions, attention); bytes are
+the weights'.
 """
 
 import os
@@ -9,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -17,12 +19,14 @@ import imageio_ffmpeg
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusers_helper import fp8
+
 ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Rates:
-    flops: float  # a second, of a square bf16 matmul
+    flops: float  # a second, of a square matmul
     bandwidth: float  # bytes a second read plus written, of a copy in the device's memory
 
     def floor(self, flop: float, weight_bytes: float) -> float:
@@ -30,13 +34,21 @@ class Rates:
         return max(flop / self.flops, weight_bytes / self.bandwidth)
 
 
-def measured_rates(device: torch.device) -> Rates:
+def measured_rates(device: torch.device, precision: str = "bf16") -> Rates:
+    """Of matmuls in this one of `core.settings.PRECISIONS`."""
     gpu = device.type == "cuda"
     side, size = (8192, 2**31) if gpu else (512, 2**26)
-    a, b = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device) for _ in range(2))
+    if precision == "fp8":
+        (a, a_scale), (b, b_scale) = fp8.quantise(a), fp8.quantise(b)
+        multiply = partial(
+            torch._scaled_mm, a, b.t(), a_scale, b_scale.t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    else:
+        multiply = partial(torch.mm, a.bfloat16(), b.bfloat16())
     source, target = (torch.zeros(size // 4, device=device) for _ in range(2))
     return Rates(
-        flops=2 * side**3 / seconds(lambda: torch.mm(a, b), device, calls=20 if gpu else 2),
+        flops=2 * side**3 / seconds(multiply, device, calls=20 if gpu else 2),
         bandwidth=2 * size / seconds(lambda: target.copy_(source), device, calls=20 if gpu else 2),
     )
 

@@ -1,12 +1,13 @@
 """Ours and the official code back to back on one machine, with the very same weights: one table.
 
     python -m benchmarks.full_size MODELS --official FRAMEPACK_CHECKOUT [--rows load step job teacache]
-                                   [--attention flash]
+                                   [--precision fp8] [--compile on] [--attention fp8]
 
 MODELS is a folder made by `benchmarks.full_size_models` (or one with the real weights in the same layout).
-The official demo runs as `benchmarks.official` tells, its models sharing our weights' memory. Jobs are of 5
-seconds, 4 sections, unless told otherwise. Floors are what `benchmarks.floors` tells, a cold load what
-`benchmarks.cold_load` does. Everything runs on a CPU, too, where the times tell nothing.
+The official demo runs as `benchmarks.official` tells, its models sharing our weights' memory, but for a
+transformer of its own beside ours in fp8. Jobs are of 5 seconds, 4 sections, unless told otherwise. Floors
+are what `benchmarks.floors` tells, of the official model's FLOP and at the rate of our precision; a cold load
+is what `benchmarks.cold_load` does. Everything runs on a CPU, too, where the times tell nothing.
 """
 
 import argparse
@@ -33,13 +34,15 @@ from benchmarks.full_size_models import HEIGHT, PROMPT, WIDTH, profile_of, rando
 from benchmarks.official import OfficialDemo, twins
 from benchmarks.timed_job import KeptVideo, TimedJob, run_ours
 from core.pipeline import Models
+from core.pipeline.compiling import warm_up
 from core.pipeline.conditioning import encode_conditioning
 from core.pipeline.encoding import Encoder
+from core.pipeline.loading import load_transformer
 from core.pipeline.models import MODULES
 from core.pipeline.sampling import pack_history
 from core.pipeline.sections import plan_sections
 from core.request import parse_request
-from core.settings import ATTENTION, Settings
+from core.settings import ATTENTION, COMPILE, PRECISIONS, Settings
 from core.timing import JobTimer
 from core.worker import Worker
 from diffusers_helper.memory import GB, weight_bytes
@@ -254,9 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--window", type=int, default=9)
     parser.add_argument("--crf", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=8, help="pairs of evaluations (8)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="our transformer's (bf16)")
+    parser.add_argument("--compile", choices=COMPILE, default="off", help="our transformer's blocks (off)")
     parser.add_argument("--attention", choices=ATTENTION, default="auto", help="our kernel (auto)")
     parser.add_argument("--jobs", type=int, default=1, help="pairs of jobs, and of cold loads (1)")
     options = parser.parse_args(arguments)
+    if options.compile == "on" and not options.official:
+        parser.error("a compiled model's FLOP cannot be counted: --official is missing")
     asked = set(options.rows)
 
     rows = []
@@ -271,11 +278,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measured_rows(options: argparse.Namespace, asked: set[str]) -> list[Row]:
     """All but the cold load: on models that are loaded once."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    settings = Settings(encoding_cache_mb=0, attention=options.attention)
+    settings = Settings(
+        encoding_cache_mb=0,
+        precision=options.precision,
+        compile=options.compile,
+        attention=options.attention,
+    )
     models = Models(profile_of(options.models), device, "resident", settings)
-    print(f"ours attends by {models.attention}")
+    plain, alone = None, 0
+    if options.precision == "fp8" and options.official:
+        plain = load_transformer(options.models / "framepack", models.transformer_dtype).to(device)
+        alone = weight_bytes(plain)
+    warm_up(models, None)
+    print(f"ours is {models.precision}, compiled: {models.compiled}, and attends by {models.attention}")
     weights = sum(weight_bytes(getattr(models, name)) for name in MODULES) / GB
-    rates = measured_rates(device)
+    rates = measured_rates(device, options.precision)
     print(f"{weights:.1f} GB of weights; {rates.flops / 1e12:.3g} TFLOP/s, {rates.bandwidth / 1e9:.4g} GB/s")
     fields = {
         "input_image": random_image(),
@@ -290,14 +307,15 @@ def measured_rows(options: argparse.Namespace, asked: set[str]) -> list[Row]:
     image = np.asarray(Image.open(io.BytesIO(base64.b64decode(fields["input_image"]))))
 
     with tempfile.TemporaryDirectory() as folder:
-        demo = OfficialDemo(options.official, twins(models), Path(folder)) if options.official else None
-        if demo:
+        demo = None
+        if options.official:
+            demo = OfficialDemo(options.official, twins(models, plain), Path(folder))
             print(f"the official code attends by {demo.attention}", flush=True)
         video = KeptVideo(Path(folder) / "ours.mp4")
         worker = Worker(lambda: models, deliver=video)
         calls = one_evaluation(models, demo and demo.transformer, options.window)
         with torch.inference_mode():
-            flop = flop_of(calls["ours"])
+            flop = flop_of(calls.get("official", calls["ours"]))
         evaluation = rates.floor(flop, weight_bytes(models.transformer))
         rows = [evaluation_row(calls, device, options.rounds, evaluation)] if "step" in asked else []
         if not asked & {"job", "teacache"}:
@@ -323,7 +341,10 @@ def measured_rows(options: argparse.Namespace, asked: set[str]) -> list[Row]:
             rows += stage_rows(ours, official, fields, floor, mp4)
             rows.append(job_row(seconds, ours, official, fields, floor, mp4))
             if device.type == "cuda":
-                peaks = ours[0].peak_gb, official[0].peak_gb if official else None
+                # each without the transformer that is the other's alone
+                peaks = [ours[0].peak_gb - alone / GB, official[0].peak_gb if official else None]
+                if alone:
+                    peaks[1] -= weight_bytes(models.transformer) / GB
                 rows.append(Row("peak GPU memory", *peaks, floor=weights, unit="GB"))
         if "teacache" in asked:
             ours, official = both(use_teacache=True)

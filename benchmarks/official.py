@@ -6,8 +6,10 @@ its models on the GPU, as it does by itself with over 60 GB free.
 
 What is not its own: `gradio` is an empty stand-in; so is `cv2`, and `torchvision` has a `write_video` over
 the same ffmpeg as ours, where they, or PyAV, are missing; the tokenizers are read as ours are
-(docs/imp_memo.md, Parity). Without a GPU its memory module, which cannot be imported there, is a stand-in
-too, and the half precisions it names are float32, as ours are there.
+(docs/imp_memo.md, Parity); over our weights (`twins`) its Llama model lacks the last two layers, which ours
+never reads: so its prompts are encoded a little faster, to other embeddings. Without a GPU its memory module,
+which cannot be imported there, is a stand-in too, and the half precisions it names are float32, as ours are
+there.
 """
 
 import copy
@@ -31,7 +33,6 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
-from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoMidBlock3D
 from diffusers.models.normalization import AdaLayerNormContinuous, FP32LayerNorm, RMSNorm
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, LlamaModel, PreTrainedTokenizerFast, SiglipVisionModel
@@ -44,19 +45,24 @@ from diffusers_helper.memory import GB
 # by the name of the class that the demo loads it with; the transformer's is given the official class
 Makers = dict[str, Callable[..., Any]]
 
+OUR_PACKAGE = "diffusers_helper."
 NORMS = (nn.LayerNorm, RMSNorm, FP32LayerNorm, AdaLayerNormContinuous)
 _THEIR_FORWARDS: dict[type[nn.Module], Callable] = {}
 ENCODERS = ("encode_prompt_conds", "vae_encode", "hf_clip_vision_encode")
 ATTENTION = {"sageattn": "sageattention", "flash_attn_func": "flash-attn", "xformers_attn_func": "xformers"}
 
 
-def twins(models: Models) -> Makers:
-    """What makes the official demo's models of ours: modules of their own, sharing every weight."""
+def twins(models: Models, transformer: nn.Module | None = None) -> Makers:
+    """What makes the official demo's models of ours: modules of their own, sharing every weight.
+
+    Those of `transformer` instead of ours where that one is not as its files have it.
+    """
 
     def vae() -> nn.Module:
         copied = sharing_weights(models.vae)
-        for coder in (copied.encoder, copied.decoder):
-            coder.mid_block.__class__ = HunyuanVideoMidBlock3D  # the library's, as the demo has it
+        for module in copied.modules():  # the library's, as the demo has it
+            if type(module).__module__.startswith(OUR_PACKAGE):
+                module.__class__ = type(module).__base__
         return copied
 
     return {
@@ -67,7 +73,7 @@ def twins(models: Models) -> Makers:
         "AutoencoderKLHunyuanVideo": vae,
         "SiglipImageProcessor": lambda: models.feature_extractor,
         "SiglipVisionModel": lambda: sharing_weights(models.image_encoder),
-        "HunyuanVideoTransformer3DModelPacked": partial(twin_transformer, models.transformer),
+        "HunyuanVideoTransformer3DModelPacked": partial(twin_transformer, transformer or models.transformer),
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLHunyuanVideo
 from torch import nn
 
 from benchmarks import evaluations, features, full_size, full_size_models, official, steadiness
@@ -17,7 +18,7 @@ from benchmarks.full_size import Row, decoded_frames, main, table
 from benchmarks.official import OfficialDemo, twins
 from core.pipeline.loading import load_transformer
 from core.progress import Progress
-from diffusers_helper.vae import FramewiseMidBlock
+from diffusers_helper.vae_fused import FusedDecoder
 from tests.fake_official import write_fake_official
 from tests.tiny import TINY_MODELS
 
@@ -100,8 +101,10 @@ class TestOfficial:
     def test_the_weights_are_shared_and_the_vae_is_the_librarys(self, demo, tiny_models):
         theirs, ours = demo._demo.vae, tiny_models.vae
         assert theirs.decoder.conv_in.conv.weight.data_ptr() == ours.decoder.conv_in.conv.weight.data_ptr()
-        assert not isinstance(theirs.decoder.mid_block, FramewiseMidBlock)
-        assert isinstance(ours.decoder.mid_block, FramewiseMidBlock)
+        assert isinstance(ours.decoder, FusedDecoder)
+        assert not any(type(m).__module__.startswith("diffusers_helper") for m in theirs.modules())
+        library = AutoencoderKLHunyuanVideo.from_config(ours.config)
+        assert [type(m) for m in theirs.modules()] == [type(m) for m in library.modules()]
 
 
 def test_every_way_to_evaluate_beside_the_official_model(checkout, small_frames, capsys, monkeypatch):
@@ -159,11 +162,26 @@ def test_a_table_of_both_with_floors(checkout, small_frames, capsys):
             assert float(ratio) == pytest.approx(ours / theirs, rel=0.02)
 
 
+def test_in_float8_the_official_model_keeps_its_weights(checkout, small_frames, capsys):
+    arguments = "--rows step job --seconds 1 --window 4 --steps 1 --rounds 1 --precision fp8 --attention fp8"
+    main([str(TINY_MODELS), "--official", str(checkout), *arguments.split()])
+    printed = capsys.readouterr().out
+    assert "ours is fp8, compiled: False, and attends by flash\n" in printed  # no fp8 on a CPU
+    difference = re.search(r"relative difference of the model's outputs: (\S+)", printed)
+    assert 1e-3 < float(difference[1]) < 0.1
+
+
+def test_what_is_compiled_is_measured_beside_the_official_code_alone(capsys):
+    with pytest.raises(SystemExit):
+        main([str(TINY_MODELS), "--compile", "on"])
+    assert "--official is missing" in capsys.readouterr().err
+
+
 def test_without_a_checkout_there_is_only_ours(small_frames, capsys):
     arguments = "--rows step --window 2 --rounds 1 --attention math"
     main([str(TINY_MODELS), *arguments.split()])
     printed = capsys.readouterr().out
-    assert "ours attends by math\n" in printed
+    assert "and attends by math\n" in printed
     (row,) = re.findall(r"^\| the model.*", printed, re.MULTILINE)
     assert [cell.strip() for cell in row.strip("|").split("|")][3:5] == ["—", "—"]
 
