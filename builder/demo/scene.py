@@ -43,7 +43,7 @@ PLAIN = ("flat", "gradient", "glow", "stripes", "checks")
 TEXTURES = ("noise", "blobs")  # also before the camera: one sees in every direction how they move
 
 _FAMILIES = (MOVES[:4], MOVES[4:], TURNS, SIZES, ("bounces",), ("changes colour",), ("stays",))
-_WEIGHTS, _WEIGHTS_LONG = (6, 3, 4, 4, 2, 4, 1), (18, 18, 4, 4, 2, 4, 1)
+_WEIGHTS, _WEIGHTS_LONG = (6, 3, 4, 4, 2, 4, 1), (18, 18, 4, 10, 2, 4, 1)
 
 _VIVID_CHROMA = 0.12  # of a texture that has no shapes to be told from
 _RADII = {1: (0.13, 0.2), 2: (0.11, 0.17), 3: (0.1, 0.14)}  # by number of shapes, in shorter sides
