@@ -1,21 +1,19 @@
 """Ours and the official code back to back on one machine, with the very same weights: one table.
 
-    python -m benchmarks.full_size MODELS --official FRAMEPACK_CHECKOUT [--rows load step job teacache]
+    python -m benchmarks.full_size MODELS --official FRAMEPACK_CHECKOUT [--rows step job teacache]
                                    [--precision fp8] [--compile on] [--attention fp8]
 
 MODELS is a folder made by `benchmarks.full_size_models` (or one with the real weights in the same layout).
 The official demo runs as `benchmarks.official` tells, its models sharing our weights' memory, but for a
 transformer of its own beside ours in fp8. Jobs are of 5 seconds, 4 sections, unless told otherwise. Floors
-are what `benchmarks.floors` tells, of the official model's FLOP and at the rate of our precision; a cold load
-is what `benchmarks.cold_load` does. Everything runs on a CPU, too, where the times tell nothing.
+are what `benchmarks.floors` tells, of the official model's FLOP and at the rate of our precision. Everything
+runs on a CPU, too, where the times tell nothing.
 """
 
 import argparse
 import base64
 import io
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -48,8 +46,7 @@ from core.worker import Worker
 from diffusers_helper.memory import GB, weight_bytes
 from diffusers_helper.vae import decode_latents
 
-ROWS = ("load", "step", "job", "teacache")
-PARTS = ("hunyuan", "redux", "framepack")
+ROWS = ("step", "job", "teacache")
 ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder", "vae")
 
 
@@ -76,24 +73,6 @@ class Row:
 def table(rows: list[Row]) -> str:
     head = ["| | floor | ours | official | ours ÷ official | ours ÷ floor |", "|---|---|---|---|---|---|"]
     return "\n".join([*head, *(row.cells() for row in rows)])
-
-
-def load_row(folder: Path, official: Path | None, rounds: int) -> Row:
-    """Cold loads in processes of their own, in turn; the floor is reading the files."""
-
-    def child(*arguments: str) -> float:
-        command = [sys.executable, "-m", "benchmarks.cold_load", str(folder), *arguments]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        return float(done.stdout.split()[-1])
-
-    files = [path for part in PARTS for path in (folder / part).rglob("*.safetensors")]
-    read = sum(p.stat().st_size for p in files) / floors.disk_rate(max(files, key=lambda p: p.stat().st_size))
-    ours, theirs = [], []
-    for _ in range(rounds):
-        ours.append(child())
-        if official:
-            theirs.append(child("--official", str(official)))
-    return Row("cold load", median(ours), median(theirs) if theirs else None, read)
 
 
 def one_evaluation(
@@ -260,23 +239,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="our transformer's (bf16)")
     parser.add_argument("--compile", choices=COMPILE, default="off", help="our transformer's blocks (off)")
     parser.add_argument("--attention", choices=ATTENTION, default="auto", help="our kernel (auto)")
-    parser.add_argument("--jobs", type=int, default=1, help="pairs of jobs, and of cold loads (1)")
+    parser.add_argument("--jobs", type=int, default=1, help="pairs of jobs (1)")
     options = parser.parse_args(arguments)
     if options.compile == "on" and not options.official:
         parser.error("a compiled model's FLOP cannot be counted: --official is missing")
-    asked = set(options.rows)
-
-    rows = []
-    if "load" in asked:
-        rows.append(load_row(options.models, options.official, options.jobs))
-    if asked > {"load"} or "load" not in asked:
-        rows[:0] = measured_rows(options, asked)
+    rows = measured_rows(options, set(options.rows))
     print(f"\n{machine()}, {WIDTH}×{HEIGHT}, window {options.window}, {options.steps} steps")
     print(table(rows))
 
 
 def measured_rows(options: argparse.Namespace, asked: set[str]) -> list[Row]:
-    """All but the cold load: on models that are loaded once."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     settings = Settings(
         encoding_cache_mb=0,

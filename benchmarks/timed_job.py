@@ -1,9 +1,11 @@
 """One job's seconds by stage, whoever ran it, and ours run that way."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+from core.progress import Progress
 from core.worker import Worker
 
 _ids = count()
@@ -34,9 +36,11 @@ class KeptVideo:
         return {}
 
 
-def run_ours(worker: Worker, fields: dict) -> TimedJob:
+def run_ours(
+    worker: Worker, fields: dict, report: Callable[[Progress], None] = lambda progress: None
+) -> TimedJob:
     """One job through `worker`. Raises RuntimeError with its error reply."""
-    reply = worker.submit(f"job-{next(_ids)}", fields).result()
+    reply = worker.submit(f"job-{next(_ids)}", fields, report).result()
     if "error" in reply:
         raise RuntimeError(reply["error"])
     timings = reply["timings"]

@@ -11,8 +11,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import nn
 
-from benchmarks import evaluations, features, full_size, full_size_models, official, steadiness
-from benchmarks.cold_load import cold_load
+from benchmarks import cold_start, evaluations, features, full_size, full_size_models, official, steadiness
 from benchmarks.floors import Rates, disk_rate, evict, flop_of
 from benchmarks.full_size import Row, decoded_frames, main, table
 from benchmarks.official import OfficialDemo, twins
@@ -186,9 +185,18 @@ def test_without_a_checkout_there_is_only_ours(small_frames, capsys):
     assert [cell.strip() for cell in row.strip("|").split("|")][3:5] == ["—", "—"]
 
 
-def test_both_load_from_the_disk(checkout):
-    assert cold_load(TINY_MODELS, None) > 0
-    assert cold_load(TINY_MODELS, checkout) > 0
+def test_a_cold_start_up_to_the_second_job(checkout, monkeypatch, capfd):
+    monkeypatch.setenv("MODEL_PROFILE", "demo")  # small frames
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    cold_start.main([str(TINY_MODELS), "--official", str(checkout), "--steps", "1"])
+    printed = capfd.readouterr().out
+    (ours,) = re.findall(r"^\| ours \|(.*)\|$", printed, re.M)
+    loaded, first_step, first, second = (float(cell.split()[0]) for cell in ours.split("|"))
+    assert 0 < loaded < first_step
+    assert first > 0 and second > 0
+    ratio = re.search(r"official code's loaded, (\S+) s: (\S+)", printed)
+    assert float(ratio[2]) == pytest.approx(first_step / float(ratio[1]), rel=0.02)
+    assert "official code's loading alone" in printed
 
 
 def test_decodes_are_the_plans():
