@@ -74,10 +74,15 @@ def profile_of(folder: Path) -> ModelProfile:
     )
 
 
+def random_pixels() -> np.ndarray:
+    """(HEIGHT, WIDTH, 3) uint8"""
+    return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
 def random_image() -> str:
-    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    """The same, as a request has it."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(random_pixels()).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 

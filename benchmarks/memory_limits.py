@@ -1,9 +1,12 @@
 """Whole jobs through `handler.handler` at full size with less and less GPU memory.
 
     python -m benchmarks.memory_limits MODELS [--steps 6] [--swap-gb 24 12] [--out-of-memory]
+                                       [--official FRAMEPACK_CHECKOUT]
 
 MODELS is a folder made by `benchmarks.full_size_models` (or one with the real weights in the same layout).
-The digests of the latents and of the video tell whether a job with less memory gave the same bits.
+The settings are the environment's. The digests of the latents and of the video tell whether a job with less
+memory gave the same bits. With --official the official demo, its models loaded anew and swapped by its own
+means, does the same jobs with the same limits.
 """
 
 import argparse
@@ -14,14 +17,18 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 import core.job
 import handler
-from benchmarks.full_size_models import HEIGHT, PROMPT, WIDTH, profile_of, random_image
+from benchmarks.full_size import machine
+from benchmarks.full_size_models import HEIGHT, PROMPT, WIDTH, profile_of, random_image, random_pixels
+from benchmarks.official import OfficialDemo, from_disk
 from core.pipeline import Models, generate_video_sync
 from core.pipeline.models import MODULES
 from core.settings import Settings
@@ -69,15 +76,52 @@ def decode_peaks(models: Models, frames: int) -> None:
 
 
 @contextmanager
-def limited(models: Models, gigabytes: float) -> Iterator[None]:
+def limited(device: torch.device, gigabytes: float) -> Iterator[None]:
     """Let this process have only so much GPU memory."""
-    memory.release_unused_memory(models.device)
-    total = torch.cuda.get_device_properties(models.device).total_memory
+    memory.release_unused_memory(device)
+    total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(gigabytes * memory.GB / total)
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def official_jobs(checkout: Path, models: Path, limits: list[float], fields: dict) -> dict[float, str]:
+    """By limit: the official demo's rows of the table."""
+    device = torch.device("cuda", 0)
+    limit = 0.0
+
+    def free_gb() -> float:
+        return limit - torch.cuda.memory_allocated(device) / memory.GB
+
+    rows = {}
+    with TemporaryDirectory() as folder:
+        demo = OfficialDemo(checkout, from_disk(models), Path(folder), free_gb)
+        for limit in limits:
+            with limited(device, limit):
+                try:
+                    job = demo.run(random_pixels(), fields)
+                except RuntimeError as error:  # what it printed ends with the reason
+                    rows[limit] = f"| official, {limit:g} GB | {str(error).splitlines()[-1]} |"
+                    continue
+            print(f"official, {limit:g} GB: {job}", flush=True)
+            cells = [
+                f"official, {limit:g} GB",
+                f"{job.encode:.2f} (all three)",
+                "",
+                "",
+                " + ".join(f"{seconds:.1f}" for seconds in job.sample),
+                f"{1000 * job.step:.0f} ms",
+                " + ".join(f"{seconds:.1f}" for seconds in job.decode),
+                f"{job.mp4:.2f}",
+                f"{job.total:.1f} s",
+                f"{job.peak_gb:.1f}",
+                "",
+                "",
+            ]
+            rows[limit] = f"| {' | '.join(cells)} |"
+    return rows
 
 
 def main() -> None:
@@ -86,10 +130,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--swap-gb", type=float, nargs="*", default=[24, 12])
     parser.add_argument("--out-of-memory", action="store_true", help="a resident job with no room to work in")
+    parser.add_argument("--official", type=Path, help="a checkout of the official code; without it only ours")
     options = parser.parse_args()
 
-    uncached = Settings(encoding_cache_mb=0)  # each job encodes, as the first one does
-    models = Models(profile_of(options.models), torch.device("cuda", 0), "resident", uncached)
+    uncached = replace(Settings.from_env(), encoding_cache_mb=0)  # each job encodes, as the first one does
+    device = torch.device("cuda", 0)
+    models = Models(profile_of(options.models), device, "resident", uncached)
     weights = sum(memory.weight_bytes(getattr(models, name)) for name in MODULES) / memory.GB
     print(f"loaded in {models.load_seconds:.1f} s, {weights:.1f} GB of weights", flush=True)
     handler.worker = Worker(lambda: models)
@@ -103,7 +149,7 @@ def main() -> None:
     job("resident", **exact)
     if options.out_of_memory:
         title = "resident, 1 GB beside the weights, 2 steps"
-        with limited(models, torch.cuda.memory_allocated() / memory.GB + 1):
+        with limited(device, torch.cuda.memory_allocated() / memory.GB + 1):
             job(title, total_second_length=1, steps=2)
     models.set_memory_mode("swap")
     started = time.perf_counter()
@@ -113,11 +159,15 @@ def main() -> None:
     print(f"text encoder and transformer pinned in {time.perf_counter() - started:.1f} s", flush=True)
     job("swap, all memory", **exact)
     for limit in options.swap_gb:
-        with limited(models, limit):
+        with limited(device, limit):
             job(f"swap, {limit:g} GB", **exact)
+    official = {}
+    if options.official:
+        fields = exact | {"prompt": PROMPT, "seed": 31337, "latent_window_size": 9, "mp4_crf": 16}
+        official = official_jobs(options.official, options.models, options.swap_gb, fields)
 
-    card, size = torch.cuda.get_device_name(0), f"{WIDTH}×{HEIGHT}"
-    print(f"\n{card}, torch {torch.__version__}, bf16, {size}, window 9, {options.steps} steps")
+    print(f"\n{machine()}, {models.precision}, {models.attention}")
+    print(f"{WIDTH}×{HEIGHT}, window 9, {options.steps} steps")
     print("| job | text | VAE | CLIP | sample | step | decode | MP4 | total | peak GB | latents | video |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for title, reply in replies.items():
@@ -140,6 +190,7 @@ def main() -> None:
             reply["video"],
         ]
         print(f"| {' | '.join(cells)} |")
+    print("\n".join(official.values()))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Its checkout (github.com/lllyasviel/FramePack) is read from where it lies; nothing of it is changed, copied or
 kept in this repository. It runs with the libraries installed here, not with the ones it pins, and with all
-its models on the GPU, as it does by itself with over 60 GB free.
+its models on the GPU, as it does by itself with over 60 GB free, unless it is told of less.
 
 What is not its own: `gradio` is an empty stand-in; so is `cv2`, and `torchvision` has a `write_video` over
 the same ffmpeg as ours, where they, or PyAV, are missing; the tokenizers are read as ours are
@@ -117,10 +117,13 @@ def from_disk(folder: Path) -> Makers:
 class OfficialDemo:
     """`demo_gradio.py` of a checkout, imported with `models` (`twins` or `from_disk`) in place of the hub's.
 
-    `folder` gets what it writes.
+    `folder` gets what it writes; `free_gb` tells how much GPU memory it takes for free: with 60 GB or less,
+    it swaps models that are on the host, those of `from_disk`.
     """
 
-    def __init__(self, checkout: Path, models: Makers, folder: Path) -> None:
+    def __init__(
+        self, checkout: Path, models: Makers, folder: Path, free_gb: Callable[[], float] = lambda: math.inf
+    ) -> None:
         self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         checkout, folder = checkout.resolve(), folder.resolve()
         with (
@@ -130,7 +133,7 @@ class OfficialDemo:
             chdir(folder),
             redirect_stdout(io.StringIO()),
         ):
-            self._demo = _imported(checkout, models)
+            self._demo = _imported(checkout, models, free_gb)
         self._demo.outputs_folder = str(folder)
         self.transformer: nn.Module = self._demo.transformer
         self.attention = _attention_of(self.transformer)
@@ -251,7 +254,7 @@ class _StageClock:
             hook.remove()
 
 
-def _imported(checkout: Path, models: Makers) -> ModuleType:
+def _imported(checkout: Path, models: Makers, free_gb: Callable[[], float]) -> ModuleType:
     """Its module, which loads its models, and would open its window, as it is imported."""
     spec = importlib.util.spec_from_file_location("official_demo", checkout / "demo_gradio.py")
     demo = importlib.util.module_from_spec(spec)
@@ -259,7 +262,7 @@ def _imported(checkout: Path, models: Makers) -> ModuleType:
         undo.enter_context(patch.object(sys, "argv", [str(checkout / "demo_gradio.py")]))
         undo.enter_context(patch.dict(os.environ))  # it sets HF_HOME
         memory = importlib.import_module("diffusers_helper.memory")
-        undo.enter_context(patch.object(memory, "get_cuda_free_memory_gb", lambda *_: math.inf))
+        memory.get_cuda_free_memory_gb = lambda *_: free_gb()
         packed = _packed()
         official = packed.HunyuanVideoTransformer3DModelPacked
         for name, make in models.items():

@@ -97,6 +97,14 @@ class TestOfficial:
         monkeypatch.setitem(found, "flash_attn_func", print)
         assert official._attention_of(demo.transformer) == "flash-attn"
 
+    def test_told_of_little_memory_it_swaps(self, checkout, tiny_models, tmp_path):
+        free = [10.0, 61.0]
+        demo = OfficialDemo(checkout, twins(tiny_models), tmp_path, lambda: free[0])
+        assert demo._demo.high_vram is False
+        seen = demo._demo.get_cuda_free_memory_gb
+        free.pop(0)
+        assert seen("cuda") == 61.0
+
     def test_the_weights_are_shared_and_the_vae_is_the_librarys(self, demo, tiny_models):
         theirs, ours = demo._demo.vae, tiny_models.vae
         assert theirs.decoder.conv_in.conv.weight.data_ptr() == ours.decoder.conv_in.conv.weight.data_ptr()
