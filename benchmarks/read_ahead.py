@@ -23,7 +23,7 @@ from core.weights import read_ahead as module
 
 files = [Path(name) for name in sys.argv[2:]]
 if sys.argv[1] == "ahead":
-    module.weight_files = lambda settings: iter(files)
+    module.weight_files = lambda settings: ((path, ()) for path in files)
     module.read_ahead(Settings())
 import core.pipeline
 

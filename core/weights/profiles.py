@@ -19,6 +19,7 @@ class Part:
     folder: str
     files: tuple[str, ...]  # without these it is not whole
     checkpoint: str | None = None  # weights: `<checkpoint>.safetensors`, or numbered shards with their index
+    unused_layers: int = 0  # the last ones of those that config.json counts, which are never loaded
 
     def path(self, name: str) -> str:
         """Of the file `name`, from the source's root."""
@@ -42,7 +43,7 @@ TRANSFORMER = (Part("", ("config.json",), "diffusion_pytorch_model"),)
 HUNYUAN = (
     Part("tokenizer", ("tokenizer.json", "tokenizer_config.json")),
     Part("tokenizer_2", ("vocab.json", "merges.txt", "tokenizer_config.json")),
-    Part("text_encoder", ("config.json",), "model"),
+    Part("text_encoder", ("config.json",), "model", unused_layers=2),
     Part("text_encoder_2", ("config.json",), "model"),
     Part("vae", ("config.json",), "diffusion_pytorch_model"),
 )
