@@ -1,6 +1,6 @@
 """Ours and the official code back to back on one machine, with the very same weights: one table.
 
-    python -m benchmarks.full_size MODELS --official FRAMEPACK_CHECKOUT [--rows step job teacache]
+    python -m benchmarks.full_size MODELS --official FRAMEPACK_CHECKOUT [--rows step job teacache forecast]
                                    [--precision fp8] [--compile on] [--attention fp8]
 
 MODELS is a folder made by `benchmarks.full_size_models` (or one with the real weights in the same layout).
@@ -43,7 +43,11 @@ from core.worker import Worker
 from diffusers_helper.memory import GB, weight_bytes
 from diffusers_helper.vae import decode_latents
 
-ROWS = ("step", "job", "teacache")
+ROWS = ("step", "job", "teacache", "forecast")
+CACHED = {  # rows of jobs that skip steps → ours, beside the official TeaCache in each
+    "teacache": ("TeaCache", {"use_teacache": True}),
+    "forecast": ("ours forecasting", {"use_teacache": True, "cache_threshold": 0.25, "cache_order": 1}),
+}
 ENCODERS = ("text_encoder", "text_encoder_2", "image_encoder", "vae")
 
 
@@ -287,25 +291,29 @@ def measured_rows(options: argparse.Namespace, asked: set[str]) -> list[Row]:
             flop = flop_of(calls.get("official", calls["ours"]))
         evaluation = rates.floor(flop, weight_bytes(models.transformer))
         rows = [evaluation_row(calls, device, options.rounds, evaluation)] if "step" in asked else []
-        if not asked & {"job", "teacache"}:
+        if not asked - {"step"}:
             return rows
 
-        def both(**changed) -> tuple[list[TimedJob], list[TimedJob]]:
-            ours, official = [], []
-            for _ in range(options.jobs):
-                ours.append(run_ours(worker, fields | changed))
-                print("ours:", line(ours[-1]), flush=True)
-                if demo:
-                    official.append(demo.run(image, fields | changed))
-                    print("official:", line(official[-1]), flush=True)
-            return ours, official
+        def run(**changed) -> TimedJob:
+            ours = run_ours(worker, fields | changed)
+            print("ours:", line(ours), flush=True)
+            return ours
+
+        def run_official(**changed) -> list[TimedJob]:
+            """Of one job, or none without a checkout."""
+            official = [demo.run(image, fields | changed)] if demo else []
+            for job in official:
+                print("official:", line(job), flush=True)
+            return official
 
         print("warming up", flush=True)
         floor = job_floors(models, fields, evaluation, image, rates)
-        both(total_second_length=1.0, steps=2)
+        run(steps=2)
+        run_official(steps=2)
         seconds = f"job of {options.seconds:g} s"
         if "job" in asked:
-            ours, official = both()
+            pairs = [(run(), run_official()) for _ in range(options.jobs)]
+            ours, official = [one for one, _ in pairs], [job for _, jobs in pairs for job in jobs]
             mp4 = floors.ffmpeg_alone(video.path, WIDTH, HEIGHT, options.crf)
             rows += stage_rows(ours, official, fields, floor, mp4)
             rows.append(job_row(seconds, ours, official, fields, floor, mp4))
@@ -315,10 +323,13 @@ def measured_rows(options: argparse.Namespace, asked: set[str]) -> list[Row]:
                 if alone:
                     peaks[1] -= weight_bytes(models.transformer) / GB
                 rows.append(Row("peak GPU memory", *peaks, floor=weights, unit="GB"))
-        if "teacache" in asked:
-            ours, official = both(use_teacache=True)
+        official = []
+        for row in (row for row in CACHED if row in asked):
+            name, choice = CACHED[row]
+            ours = [run(**choice) for _ in range(options.jobs)]
+            official = official or [job for _ in ours for job in run_official(use_teacache=True)]
             mp4 = floors.ffmpeg_alone(video.path, WIDTH, HEIGHT, options.crf)
-            rows.append(job_row(f"{seconds}, TeaCache", ours, official, fields, floor, mp4))
+            rows.append(job_row(f"{seconds}, {name}", ours, official, fields, floor, mp4))
         return rows
 
 

@@ -262,6 +262,7 @@ def compare(models: Models, sample: Sample) -> dict:
                 "to_exact": decibels(frames, exact),
                 "psnr": decibels(frames, truth),
                 "followed": followed(frames, sample.scene.meaning),
+                "computed": steps_computed(timer),
                 "sample_s": sampling_seconds(timer),
                 "total_s": timer.total(),
             }
@@ -307,11 +308,11 @@ class Choice:
 # kind and order of extrapolation (a + for each) → thresholds; the kind's default is among them
 CACHES = {
     ("teacache", 0): (0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
-    ("teacache", 1): (0.15, 0.3),
+    ("teacache", 1): (0.15, 0.2, 0.25, 0.3, 0.4),
     ("magcache", 0): (0.05, 0.1, 0.15, 0.25),
-    ("magcache", 1): (0.1, 0.25),
+    ("magcache", 1): (0.1, 0.15, 0.25),
     ("firstblock", 0): (0.03, 0.06, 0.1, 0.15, 0.25),
-    ("firstblock", 1): (0.06, 0.15),
+    ("firstblock", 1): (0.06, 0.15, 0.25, 0.4),
 }
 
 
@@ -390,6 +391,10 @@ def request_for(picture: np.ndarray, job: dict) -> VideoRequest:
 
 def sampling_seconds(timer: JobTimer) -> float:
     return round(sum(section["sample"] for section in timer.sections), 4)
+
+
+def steps_computed(timer: JobTimer) -> int:
+    return sum(section["steps_computed"] for section in timer.sections)
 
 
 def through_vae(models: Models, clip: np.ndarray) -> np.ndarray:

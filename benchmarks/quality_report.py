@@ -139,6 +139,7 @@ def summarised_costs(samples: list[dict]) -> dict[str, dict[str, float]]:
             "to_exact_least": min(choice["to_exact"] for choice, _ in of),
             "change": mean(choice["psnr"] - exact["psnr"] for choice, exact in of),
             "followed": _share(choice["followed"] for choice, _ in of),
+            "computed": median(choice["computed"] for choice, _ in of),
             "sample_time": median(choice["sample_s"] / exact["sample_s"] for choice, exact in of),
             "total_time": median(choice["total_s"] / exact["total_s"] for choice, exact in of),
         }
@@ -160,7 +161,16 @@ def report(about: dict, by_set: dict[str, list[dict]], summary: Summary, costs: 
         _other_sets(summary),
         _section(
             "Costs",
-            ("choice", "PSNR to exact", "least", "PSNR to truth", "followed", "sampling time", "whole job"),
+            (
+                "choice",
+                "PSNR to exact",
+                "least",
+                "PSNR to truth",
+                "followed",
+                "evaluations",
+                "sampling time",
+                "whole job",
+            ),
             [_cost_row(name, cost) for name, cost in costs.items()],
             "PSNR in dB, 100 for equal frames. Times are ratios to the exact path, medians of the scenes.",
         ),
@@ -214,6 +224,7 @@ def _cost_row(name: str, cost: dict[str, float]) -> tuple[str, ...]:
         f"{cost['to_exact_least']:.1f}",
         f"{cost['change']:+.2f}",
         f"{cost['followed']:.0%}",
+        f"{cost['computed']:g}",
         f"{cost['sample_time']:.2f}",
         f"{cost['total_time']:.2f}",
     )

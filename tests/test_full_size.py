@@ -143,7 +143,7 @@ def test_every_way_to_evaluate_beside_the_official_model(checkout, small_frames,
 
 
 def test_a_table_of_both_with_floors(checkout, small_frames, capsys):
-    arguments = "--rows step job teacache --seconds 1 --window 4 --steps 2 --rounds 1"
+    arguments = "--rows step job teacache forecast --seconds 1 --window 4 --steps 2 --rounds 1"
     main([str(TINY_MODELS), "--official", str(checkout), *arguments.split()])
     printed = capsys.readouterr().out
     difference = re.search(r"relative difference of the model's outputs: (\S+)", printed)
@@ -160,6 +160,7 @@ def test_a_table_of_both_with_floors(checkout, small_frames, capsys):
         "MP4, the whole video",
         "job of 1 s ()",
         "job of 1 s, TeaCache ()",
+        "job of 1 s, ours forecasting ()",
     ]
     for floor, ours, theirs, ratio, above in rows.values():
         ours, theirs = float(ours.split()[0]), float(theirs.split()[0])

@@ -68,6 +68,7 @@ def cost(choice: str, psnr: float, seconds: float) -> dict:
         "to_exact": psnr,
         "psnr": psnr - 10,
         "followed": choice == "exact",
+        "computed": round(10 * seconds),
         "sample_s": seconds,
         "total_s": 2 * seconds,
     }
@@ -251,6 +252,7 @@ class TestReport:
             "to_exact_least": 41.0,
             "change": -57.0,
             "followed": 0.0,
+            "computed": 15,
             "sample_time": 0.5,
             "total_time": 0.5,
         }
@@ -278,7 +280,7 @@ class TestReport:
         for heading in ("Bounds", "Videos", "VAE", "Wrong prompts", "Costs", "Drift", "Failures"):
             assert f"\n## {heading}" in text
         assert "| vae | VAE, photographs: PSNR, mean (dB) | 26.0 | ≥ 28 | ✗ |" in text
-        assert "| fast | 40.0 | 40.0 | -60.00 | 0% | 0.50 | 0.50 |" in text
+        assert "| fast | 40.0 | 40.0 | -60.00 | 0% | 10 | 0.50 | 0.50 |" in text
         assert "a bystander did not stay" in text and found[0]["prompt"] in text
         written = json.loads((tmp_path / "quality.json").read_text("utf-8"))
         assert written["samples"] == found
