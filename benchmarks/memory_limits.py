@@ -116,7 +116,7 @@ def official_jobs(checkout: Path, models: Path, limits: list[float], fields: dic
                 " + ".join(f"{seconds:.1f}" for seconds in job.decode),
                 f"{job.mp4:.2f}",
                 f"{job.total:.1f} s",
-                f"{job.peak_gb:.1f}",
+                f"{job.peak_gb or 0:.1f}",
                 "",
                 "",
             ]

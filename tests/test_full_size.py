@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,16 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import nn
 
-from benchmarks import cold_start, evaluations, features, full_size, full_size_models, official, steadiness
+from benchmarks import (
+    cold_start,
+    evaluations,
+    features,
+    full_size,
+    full_size_models,
+    memory_limits,
+    official,
+    steadiness,
+)
 from benchmarks.floors import Rates, disk_rate, evict, flop_of
 from benchmarks.full_size import Row, decoded_frames, main, table
 from benchmarks.official import OfficialDemo, twins
@@ -206,6 +216,23 @@ def test_a_cold_start_up_to_the_second_job(checkout, monkeypatch, capfd):
     ratio = re.search(r"official code's loaded, (\S+) s: (\S+)", printed)
     assert float(ratio[2]) == pytest.approx(first_step / float(ratio[1]), rel=0.02)
     assert "official code's loading alone" in printed
+
+
+def test_the_official_code_is_limited_as_ours_is(checkout, small_frames, monkeypatch, capsys):
+    limits = []
+
+    @contextmanager
+    def limited(device, gigabytes):
+        limits.append(gigabytes)
+        yield
+
+    monkeypatch.setattr(memory_limits, "limited", limited)
+    rows = memory_limits.official_jobs(checkout, TINY_MODELS, [24.0, 6.0], FIELDS)
+    assert limits == [24.0, 6.0] == [*rows]
+    cells = [cell.strip() for cell in rows[6.0].strip("|").split("|")]
+    assert len(cells) == 12 and cells[0] == "official, 6 GB" and cells[8].endswith(" s")
+    refused = memory_limits.official_jobs(checkout, TINY_MODELS, [6.0], FIELDS | {"seed": 666})
+    assert "This seed is refused" in refused[6.0]
 
 
 def test_decodes_are_the_plans():
