@@ -25,8 +25,8 @@ SHORT_FRAMES = frames_of(1 + WINDOW)  # 37
 Part = Literal["short", "whole", "late"]
 PARTS: tuple[Part, ...] = ("short", "whole", "late")
 
-F1_SHARE = 0.4  # of the samples
-FIRST_SHARE = 0.4  # at least, of I2V's: the section sampled first, which knows the start image alone
+F1_SHARE = 0.3  # of the samples
+FIRST_SHARE = 0.5  # at least, of I2V's: the section sampled first, which knows the start image alone
 LENGTHS = (0.25, 0.25, 0.5)  # how often a whole clip serves as a video of two, three and four sections
 
 

@@ -21,7 +21,7 @@ from diffusers_helper.transformer import FramePackTransformer
 
 RATE, MATRIX_RATE = 6e-4, 1.2e-3
 WEIGHT_DECAY = 0.1  # of the matrices: there are far fewer clips than samples of them
-PART_SHARES = (0.2, 0.7, 0.1)  # of the batches, by PARTS
+PART_SHARES = (0.15, 0.75, 0.1)  # of the batches, by PARTS
 GUIDANCE = (1.0, 16.0)  # of the distilled scale; what is learnt is the same for all
 HISTORY_NOISE = 0.3  # at most, in latents of spread 1: generated history is not as clean as the real one
 MAX_SHARD = "14MB"
