@@ -143,6 +143,19 @@ def measure(
     return [Way(name, first[name], median(seconds[name]), errors[name]) for name in calls]
 
 
+def transformer_for(folder: Path | None) -> FramePackTransformer:
+    """The folder's, or one of full size with random weights; on a GPU in bf16, on a CPU in float32."""
+    gpu = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
+    if folder:
+        model = load_transformer(folder, dtype).to(device)
+    else:
+        model = with_random_weights(framepack_transformer, dtype, device)
+        model.__class__ = FramePackTransformer
+    model.requires_grad_(False).eval().output_in_float32()
+    return model
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a transformer's folder; without it random weights")
@@ -151,15 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--attention", choices=ATTENTION, default="auto", help="our kernel (auto)")
     options = parser.parse_args(arguments)
-    gpu = torch.cuda.is_available()
-    device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
-    if options.model:
-        model = load_transformer(options.model, dtype).to(device)
-    else:
-        model = with_random_weights(framepack_transformer, dtype, device)
-        model.__class__ = FramePackTransformer
-    model.requires_grad_(False).eval().output_in_float32()
-    attend_by(model, options.attention, device, dtype)
+    model = transformer_for(options.model)
+    attend_by(model, options.attention, model.device, model.dtype)
     official = official_transformer(options.official) if options.official else None
     found = measure(model, official, options.window, options.rounds)
     beside = next((way.seconds for way in found if way.name == "official"), None)

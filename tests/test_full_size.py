@@ -21,6 +21,7 @@ from benchmarks import (
     memory_limits,
     official,
     steadiness,
+    step_profile,
 )
 from benchmarks.floors import Rates, disk_rate, evict, flop_of
 from benchmarks.full_size import Row, decoded_frames, main, table
@@ -150,6 +151,19 @@ def test_every_way_to_evaluate_beside_the_official_model(checkout, small_frames,
     assert rows["official"][1] == "1.000"
     assert abs(errors["fp8, attention too"] - errors["fp8"]) > 1e-5
     assert len(marked) == 3
+
+
+def test_an_evaluation_is_told_by_kinds_of_kernels(small_frames, capsys):
+    arguments = "--window 3 --attention math --precision fp8 --top 3"
+    step_profile.main(["--model", str(TINY_MODELS / "framepack"), *arguments.split()])
+    printed = capsys.readouterr().out
+    whole = float(re.search(r"fp8, math, compile off: (\S+) ms", printed)[1])
+    times = {kind: float(time) for kind, time in re.findall(r"^\| ([a-z ]+) \| (\S+) ms \|", printed, re.M)}
+    assert times["matrix products"] > 0 and times["copies"] > 0
+    assert sum(times.values()) < 3 * whole
+    assert len(re.findall(r"^\| `", printed, re.M)) == 3
+    assert step_profile.kind_of("cudnn_generated_fort_native_sdpa_sm90_flash_fprop") == "attention"
+    assert step_profile.kind_of("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_TNT") == "matrix products"
 
 
 def test_a_table_of_both_with_floors(checkout, small_frames, capsys):
