@@ -198,3 +198,13 @@ def test_importing_loads_nothing():
     """No model, and not even torch: a platform may import the handler only to look at it."""
     code = "import sys, handler; sys.exit('torch' in sys.modules or handler.worker._models is not None)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_sdk_does_not_measure_the_processor_at_every_start():
+    program = (
+        "import handler, cpuinfo\n"
+        "from runpod.serverless.utils import rp_debugger\n"
+        "assert cpuinfo.get_cpu_info() == {}\n"
+        "assert rp_debugger.PROCESSOR == 'Unable to get processor info.'"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
