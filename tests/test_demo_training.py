@@ -258,7 +258,9 @@ def clips(encoders, vae):
     return clips
 
 
-def test_the_transformer_learns_from_a_bank(clips):
+def test_the_transformer_learns_from_a_bank(clips, monkeypatch):
+    """At a rate for a tiny one, too."""
+    monkeypatch.setattr(transformer, "RATE", 5e-3)
     assert len(clips) == 6
     model = tiny_transformer()
     nn.init.zeros_(model.proj_out.weight)
@@ -290,7 +292,7 @@ def test_the_transformer_learns_from_a_bank(clips):
         model, clips, Course(steps=30), 2, CPU, seed=0, report_every=10, keep=kept.append, keep_every=15
     )
     assert [row["step"] for row in rows] == [10, 20, 30]
-    assert loss() < 0.95 * before
+    assert loss() < 0.8 * before
     assert not model.training
     midway, last = (so_far.proj_out.weight for so_far in kept)
     assert midway.any() and not torch.equal(midway, last)
