@@ -8,8 +8,7 @@ in a minute or two for each.
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -18,11 +17,16 @@ from unittest import mock
 import torch
 from torch.nn.functional import interpolate
 
-from benchmarks.quality import Choice, choices, draw_samples, measure_magnitudes, request_for, steps_computed
+from benchmarks.quality import (
+    choices,
+    draw_samples,
+    loaded,
+    measure_magnitudes,
+    request_for,
+    steps_computed,
+)
 from core.pipeline import Models, generate_video_sync
-from core.settings import Settings
 from core.timing import JobTimer
-from core.weights.profiles import load_profile
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,24 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", type=Path, default=Path("models/demo"))
     parser.add_argument("--scenes", type=int, default=3)
     options = parser.parse_args(arguments)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    settings = Settings(
-        model_profile="demo",
-        hunyuan_model=str(options.models / "hunyuan"),
-        redux_model=str(options.models / "redux"),
-        framepack_model=str(options.models / "framepack"),
-        framepack_f1_model=str(options.models / "framepack"),
-    )
-    models = Models(load_profile(settings), device, "resident", settings)
+    models = loaded(options.models)
     everything = draw_samples(["costs"])
     samples = everything[:: math.ceil(len(everything) / options.scenes)]
-    exact, *offered = [choice for choice in choices(device) if choice.name == "exact" or is_cache(choice)]
+    offered = [choice for choice in choices(models.device) if "cache" in choice.fields]
 
     found: dict[str, list[tuple[float, int]]] = {choice.name: [] for choice in offered}
     for sample in samples:
         picture, job = sample.true_clip()[0], sample.job | {"cache": "none"}
         measure_magnitudes(models, job["model"])
-        expected, _ = sampled(models, picture, job | exact.fields)
+        expected, _ = sampled(models, picture, job)
         for choice in offered:
             latents, computed = sampled(models, picture, job | choice.fields)
             found[choice.name].append((decibels(latents, expected), computed))
@@ -60,30 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"| {name} | {mean(computed):.1f} | {mean(distances):.1f} | {min(distances):.1f} |")
 
 
-def is_cache(choice: Choice) -> bool:
-    return "cache" in choice.fields
-
-
 def sampled(models: Models, picture, job: dict) -> tuple[torch.Tensor, int]:
     """A job's latents (1, 16, T, h, w), and the evaluations they took."""
     request, timer, sections = request_for(picture, job), JobTimer(), []
     models.use_direction(request.model)
-    with TemporaryDirectory() as folder, undecoded():
+    with TemporaryDirectory() as folder, mock.patch("core.pipeline.decoding.decode_latents", undecoded):
         path = Path(folder) / "video.mp4"
         generate_video_sync(models, picture, request, path, timer=timer, on_section=sections.append)
     return torch.cat([section.latents for section in sections], dim=2), steps_computed(timer)
 
 
-@contextmanager
-def undecoded() -> Iterator[None]:
-    """Inside the block three latent channels, enlarged, stand for the pixels."""
-
-    def decode(latents: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-        _, _, frames, height, width = latents.shape
-        return interpolate(latents[:, :3].float(), size=(4 * frames - 3, 8 * height, 8 * width)).clamp(-1, 1)
-
-    with mock.patch("core.pipeline.decoding.decode_latents", decode):
-        yield
+def undecoded(latents: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    """For `decode_latents`: three latent channels, enlarged; the video still follows from the latents."""
+    _, _, frames, height, width = latents.shape
+    return interpolate(latents[:, :3], size=(4 * frames - 3, 8 * height, 8 * width)).clamp(-1, 1)
 
 
 def decibels(latents: torch.Tensor, expected: torch.Tensor) -> float:

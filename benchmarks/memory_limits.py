@@ -15,7 +15,7 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -106,22 +106,36 @@ def official_jobs(checkout: Path, models: Path, limits: list[float], fields: dic
                     rows[limit] = f"| official, {limit:g} GB | {str(error).splitlines()[-1]} |"
                     continue
             print(f"official, {limit:g} GB: {job}", flush=True)
-            cells = [
-                f"official, {limit:g} GB",
-                f"{job.encode:.2f} (all three)",
-                "",
-                "",
-                " + ".join(f"{seconds:.1f}" for seconds in job.sample),
-                f"{1000 * job.step:.0f} ms",
-                " + ".join(f"{seconds:.1f}" for seconds in job.decode),
-                f"{job.mp4:.2f}",
-                f"{job.total:.1f} s",
-                f"{job.peak_gb or 0:.1f}",
-                "",
-                "",
-            ]
-            rows[limit] = f"| {' | '.join(cells)} |"
+            encode = [f"{job.encode:.2f} (all three)", "", ""]
+            stages = job.sample, job.step, job.decode, job.mp4, job.total, job.peak_gb or 0
+            rows[limit] = row(f"official, {limit:g} GB", encode, *stages)
     return rows
+
+
+def row(
+    title: str,
+    encode: list[str],
+    sample: list[float],
+    step: float,
+    decode: list[float],
+    mp4: float,
+    total: float,
+    peak_gb: float,
+    digests: Sequence[str] = ("", ""),
+) -> str:
+    """A job's line in the table; `sample` and `decode` are its sections' seconds."""
+    cells = [
+        title,
+        *encode,
+        " + ".join(f"{seconds:.1f}" for seconds in sample),
+        f"{1000 * step:.0f} ms",
+        " + ".join(f"{seconds:.1f}" for seconds in decode),
+        f"{mp4:.2f}",
+        f"{total:.1f} s",
+        f"{peak_gb:.1f}",
+        *digests,
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -174,22 +188,21 @@ def main() -> None:
         if "error" in reply:
             print(f"| {title} | {reply['error']} |")
             continue
-        t = reply["timings"]
-        cells = [
-            title,
-            f"{t['text_encode']:.2f}",
-            f"{t['image_encode']['vae']:.2f}",
-            f"{t['image_encode']['clip_vision']:.2f}",
-            " + ".join(f"{s['sample']:.1f}" for s in t["sections"]),
-            f"{1000 * t['step']['median']:.0f} ms",
-            " + ".join(f"{s['decode']:.1f}" for s in t["sections"]),
-            f"{t['mp4_encode']:.2f}",
-            f"{t['total']:.1f} s",
-            f"{reply['worker']['peak_memory_gb']:.1f}",
-            reply["latents"],
-            reply["video"],
-        ]
-        print(f"| {' | '.join(cells)} |")
+        t, sections = reply["timings"], reply["timings"]["sections"]
+        image = t["image_encode"]
+        print(
+            row(
+                title,
+                [f"{seconds:.2f}" for seconds in (t["text_encode"], image["vae"], image["clip_vision"])],
+                [section["sample"] for section in sections],
+                t["step"]["median"],
+                [section["decode"] for section in sections],
+                t["mp4_encode"],
+                t["total"],
+                reply["worker"]["peak_memory_gb"],
+                (reply["latents"], reply["video"]),
+            )
+        )
     print("\n".join(official.values()))
 
 

@@ -178,12 +178,12 @@ def _length(sample: Sample) -> int:
 
 
 def _judge_with(folder: Path, sample: Sample) -> dict:
-    return judge(_loaded(folder), sample)
+    return judge(loaded(folder), sample)
 
 
 @cache
-def _loaded(folder: Path) -> Models:
-    """Once in each process."""
+def loaded(folder: Path) -> Models:
+    """The demo models of a folder, once in each process."""
     folder = folder.resolve()
     return initialize_models(
         Settings(

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.full_size import machine
 from benchmarks.full_size_models import PROMPT, profile_of, random_image
-from benchmarks.timed_job import KeptVideo
+from benchmarks.timed_job import KeptVideo, run_ours
 from core.pipeline import Models
 from core.progress import Progress
 from core.settings import Settings
@@ -42,7 +42,6 @@ VARIED = {  # after a plain job that warms up
     },
 }
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_ids = count()
 
 
 @dataclass
@@ -104,9 +103,7 @@ def run_job(worker: Worker, steps: int, **fields) -> Pace:
         "cache": "none",
         "mp4_crf": 40,  # random weights make noise, which compresses badly
     }
-    reply = worker.submit(f"steadiness-{next(_ids)}", plain | fields, pace).result()
-    if "error" in reply:
-        raise RuntimeError(reply["error"])
+    run_ours(worker, plain | fields, pace)
     print(f"{fields}: {len(pace.steps)} steps, median {median(pace.steps):.3f} s", flush=True)
     return pace
 

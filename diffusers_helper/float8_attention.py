@@ -15,6 +15,7 @@ from functools import cache, lru_cache
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
+from torch import library
 
 from diffusers_helper.attention import kernels_for
 from diffusers_helper.fp8 import FP8, LARGEST
@@ -140,7 +141,7 @@ def largest_of(norms: list[torch.nn.Module]) -> float:
     return max(math.sqrt(2 * norm.weight.numel()) * norm.weight.detach().abs().max().item() for norm in norms)
 
 
-@torch.library.custom_op("framepack::scaled_attention", mutates_args=(), device_types="cuda")
+@library.custom_op("framepack::scaled_attention", mutates_args=(), device_types="cuda")
 def attend_in_float8(
     query: torch.Tensor,
     key: torch.Tensor,

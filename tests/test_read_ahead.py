@@ -28,7 +28,10 @@ def reads(monkeypatch) -> list[tuple[Path, int]]:
             return file
 
     monkeypatch.setattr(module, "CHUNK", 1024)
-    watched = lambda settings: ((Watched(path), unused) for path, unused in weight_files(settings))  # noqa: E731
+
+    def watched(settings):
+        return ((Watched(path), unused) for path, unused in weight_files(settings))
+
     monkeypatch.setattr(module, "weight_files", watched)
     return found
 
@@ -46,6 +49,10 @@ def test_every_byte_of_what_is_loaded_at_start(reads):
     assert sorted(read for read in reads if read[0] != LLAMA) == sorted(
         (path, at) for path in loaded for at in range(0, path.stat().st_size, 1024)
     )
+    (unused,) = (unused for path, unused in weight_files(TINY) if path == LLAMA)
+    assert sorted(at for path, at in reads if path == LLAMA) == [
+        at for where in _loaded(LLAMA, unused) for at in where[::1024]
+    ]
 
 
 def test_all_but_the_layers_that_are_not_loaded():

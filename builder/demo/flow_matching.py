@@ -11,7 +11,7 @@ from diffusers_helper.transformer import FramePackTransformer, PackedHistory
 CHANGE_WEIGHT = 4.0  # what moves is little of the picture and all of the task
 LEAST_CHANGE = 0.1  # of a sample whose error is weighed by how much changes in it
 MORE_NOISE = 1.5  # times the sampler's shift: what happens is decided while there is much
-FAR_NOISE = 5.0  # the same for sections far from all that is known, of which nothing but noise decides less
+FAR_NOISE = 5.0  # the same, far from all that is known: where a shape will be is decided at the most noise
 TIMESTEPS = 1000.0
 
 

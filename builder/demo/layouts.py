@@ -24,6 +24,7 @@ SHORT_FRAMES = frames_of(1 + WINDOW)  # 37
 # what a clip is: the whole of a video of one section, of one of four, or a part from the midst of a long one
 Part = Literal["short", "whole", "late"]
 PARTS: tuple[Part, ...] = ("short", "whole", "late")
+PART_SHARES = (0.15, 0.75, 0.1)  # of the batches that are encoded, and of those that are trained on
 
 F1_SHARE = 0.3  # of the samples
 FIRST_SHARE = 0.5  # at least, of I2V's: the section sampled first, which knows the start image alone

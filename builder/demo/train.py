@@ -29,7 +29,7 @@ from builder.demo.bank import ClipBank, latent_statistics
 from builder.demo.course import Course
 from builder.demo.devices import ahead
 from builder.demo.encoders import Encoders, write_encoders
-from builder.demo.layouts import CLIP_FRAMES, PARTS, SHORT_FRAMES
+from builder.demo.layouts import CLIP_FRAMES, PART_SHARES, PARTS, SHORT_FRAMES
 from builder.demo.motion import SECTION
 from builder.demo.prompts import describe, prompt_of
 from builder.demo.reading import train_text_encoders
@@ -45,7 +45,6 @@ VAE_FRAMES, VAE_CROP, VAE_BATCH = 17, 128, 8
 VAE_PHOTOGRAPHS = 0.2  # of the VAE's clips, besides those of the world itself
 VAE_LATEST_START, LATEST_START = 120, 300  # frames; cameras and shapes have come to rest by then
 BANK_FRAMES, PARAPHRASES = 4 * CLIP_FRAMES, 3  # frames encoded at once
-PART_BATCHES = (0.15, 0.75, 0.1)  # of the bank's batches, by PARTS
 BATCH = 96
 TOKENIZER_PROMPTS, READING_PROMPTS, READING_STEPS = 20_000, 40_000, 1500
 INFERENCE_NOISE = 0.01  # the start latent is as good as the decoder allows
@@ -187,7 +186,7 @@ def bank_batch(
     do not begin with them.
     """
     size = rng.choice(FRAME_SIZES)
-    (part,) = rng.choices(PARTS, PART_BATCHES)
+    (part,) = rng.choices(PARTS, PART_SHARES)
     frames = SHORT_FRAMES if part == "short" else CLIP_FRAMES
     scenes = [train_scene(rng, size, long=part == "whole") for _ in range(BANK_FRAMES // frames)]
     prompts = [[prompt_of(scene, rng) for _ in range(PARAPHRASES)] for scene in scenes]

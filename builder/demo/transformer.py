@@ -14,14 +14,13 @@ from builder.demo.bank import ClipBank
 from builder.demo.course import Course
 from builder.demo.encoders import IMAGE_WIDTH, POOLED_WIDTH, TEXT_WIDTH
 from builder.demo.flow_matching import FAR_NOISE, MORE_NOISE, AveragedWeights, flow_loss
-from builder.demo.layouts import PARTS, Cut, cut_section
+from builder.demo.layouts import PART_SHARES, PARTS, Cut, cut_section
 from builder.demo.optimizers import Optimizers
 from diffusers_helper.attention import kernels_for
 from diffusers_helper.transformer import FramePackTransformer
 
 RATE, MATRIX_RATE = 6e-4, 1.2e-3
 WEIGHT_DECAY = 0.1  # of the matrices: there are far fewer clips than samples of them
-PART_SHARES = (0.15, 0.75, 0.1)  # of the batches, by PARTS
 GUIDANCE = (1.0, 16.0)  # of the distilled scale; what is learnt is the same for all
 HISTORY_NOISE = 0.3  # at most, in latents of spread 1: generated history is not as clean as the real one
 MAX_SHARD = "14MB"
